@@ -1,0 +1,90 @@
+"""`neuroweave`: the list of commands, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+import click
+
+from neuroweave import __version__
+
+# command: (module in neuroweave.cli, what --help of the whole program says). Read without importing the module.
+COMMANDS = {
+    "import": ("import_", "Turn a GGUF file, a folder or a hub id into a Hugging Face checkpoint."),
+    "inspect": ("inspect_", "Show what a checkpoint is, from its headers alone."),
+    "patch": ("patch", "Swap or learn activation functions; write a checkpoint that loads anywhere."),
+    "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
+    "compare": ("compare", "Measure what a change did to a model; write a report."),
+}
+
+
+class LazyCommands(click.Group):
+    """A group whose commands are imported when they are called, so that `--help` stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"neuroweave.cli.{COMMANDS[cmd_name][0]}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyCommands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Change the neurons of a language model and know what the change did.",
+    epilog="Each command explains itself: neuroweave COMMAND --help",
+)
+@click.version_option(__version__, prog_name="neuroweave")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def program(ctx: click.Context, debug: bool) -> None:
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program: exit 0 when done, 1 when a check said no, 2 on bad input, 130 on Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    if debug:  # accepted anywhere on the line
+        arguments = ["--debug", *(word for word in arguments if word != "--debug")]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(program.main(args=arguments, prog_name="neuroweave", standalone_mode=False) or 0)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("stopped", 130)
+    except click.ClickException as error:
+        if debug:
+            traceback.print_exc()
+        fail(one_line(error.format_message()), 2)
+    except (ValueError, OSError, ImportError, NotImplementedError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        fail(one_line(str(error) or type(error).__name__), 2)
+    except Exception as error:  # a defect of ours: say so, keep it to one line, offer the traceback
+        if debug:
+            traceback.print_exc()
+        fail(f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)", 2)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def fail(message: str, code: int) -> None:
+    click.echo(f"neuroweave: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
