@@ -1,0 +1,48 @@
+"""The formulas as PyTorch modules.
+
+Shapes: every module maps `[..., n]` to `[..., n]`, n neurons; dtype and device are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neuroweave.activations.formulas import FORMULAS
+
+
+class TorchPrimitives:
+    """What `formulas` is written in, for PyTorch: one fused kernel each, the ones that transformers calls."""
+
+    relu = staticmethod(F.relu)
+    silu = staticmethod(F.silu)
+    gelu = staticmethod(F.gelu)
+    gelu_tanh = staticmethod(functools.partial(F.gelu, approximate="tanh"))
+    tanh = staticmethod(torch.tanh)
+    sigmoid = staticmethod(torch.sigmoid)
+    sin = staticmethod(torch.sin)
+
+
+class Activation(nn.Module):
+    """The formula called `name`, elementwise. `beta` is for `swish_beta` alone: one fixed number."""
+
+    def __init__(self, name: str, *, beta: float | None = None) -> None:
+        super().__init__()
+        if name not in FORMULAS:
+            raise ValueError(f"activation {name!r} is not known; known: {', '.join(FORMULAS)}")
+        if beta is not None and name != "swish_beta":
+            raise ValueError(f"activation {name!r} takes no beta; only swish_beta does")
+        self.name = name
+        self.beta = beta
+
+    def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        if self.beta is None:
+            return FORMULAS[self.name](x, TorchPrimitives)
+        return FORMULAS[self.name](x, TorchPrimitives, beta=self.beta)
+
+    def extra_repr(self) -> str:
+        return self.name if self.beta is None else f"{self.name}, beta={self.beta}"

@@ -1,0 +1,175 @@
+"""Patch a checkpoint on disk: the same shards beside a new config; weights are neither loaded nor rewritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from neuroweave.activations.mixtures import NeuronMixture
+from neuroweave.checkpoint.header import TensorSpec
+from neuroweave.checkpoint.loading import check_source
+from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
+from neuroweave.checkpoint.staging import check_free_space, staged_folder
+from neuroweave.checkpoint.writer import Shard, ShardWriter, dtype_code, write_index
+from neuroweave.surgery.apply import apply_plan
+from neuroweave.surgery.modeling import KEY, MODELING_FILE, modeling_source, seal
+from neuroweave.surgery.patch import RecipeLike, as_recipe, entry_for, refuse_unpatchable
+from neuroweave.surgery.plan import Resolution, resolve
+
+# Other forms of the same weights: in a patched folder they would be the unpatched model under a patched name.
+OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".safetensors", ".index.json")
+
+
+@dataclass(frozen=True)
+class PatchedFolder:
+    """What `patch_checkpoint` wrote. `linked`, `copied`: shards of the source. `added`: new parameters (mixtures).
+    `left_out`: files of the source that hold its weights in another form."""
+
+    folder: Path
+    resolution: Resolution
+    linked: int
+    copied: int
+    added: int
+    left_out: list[str]
+
+
+def patch_checkpoint(
+    source: str | Path, out: str | Path, recipe: RecipeLike, *, copy: bool = False, overwrite: bool = False
+) -> PatchedFolder:
+    """Write `out`: the checkpoint `source` (a folder) with the recipe in its config.
+
+    Shards are hard-linked where the file system allows it, else copied; `copy` always copies. Learned mixtures start
+    neutral, in one small extra shard. `out` appears whole or not at all. Raises ValueError for a recipe that does not
+    fit the model, a source that is not a sound safetensors checkpoint, or an `out` that holds files (`overwrite`).
+    """
+    source, recipe = Path(source), as_recipe(recipe)
+    check_source(source)
+    plain = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    refuse_config(source, plain)
+    with staged_folder(out, overwrite=overwrite, sources=[source]) as folder, Checkpoint(source) as checkpoint:
+        model = skeleton(source)
+        refuse_unpatchable(model)
+        resolution = resolve(model, recipe)
+        entry = entry_for(model, recipe, resolution)
+        entry["source"] = {"files": fingerprints(source, checkpoint)}
+        apply_plan(model, resolution.plan)
+        added = stored_names(mixture_tensors(model), model, checkpoint)
+        if copy:
+            check_free_space(folder, sum((source / shard).stat().st_size for shard in checkpoint.shards))
+        linked = place_shards(checkpoint, folder, added, copy=copy)
+        left_out = place_other_files(checkpoint, folder)
+        (folder / "config.json").write_text(json.dumps(seal(plain | {KEY: entry}), indent=2) + "\n", encoding="utf-8")
+        (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+        total = len(checkpoint.shards)
+    parameters = sum(tensor.numel() for tensor in added.values())
+    return PatchedFolder(Path(out), resolution, linked, total - linked, parameters, left_out)
+
+
+def refuse_config(source: Path, plain: dict[str, Any]) -> None:
+    if KEY in plain:
+        name = plain[KEY].get("recipe", {}).get("name", "?")
+        raise ValueError(f"{source}: already patched (recipe {name!r}); patch the original, with all changes in one recipe")
+    if "auto_map" in plain:
+        raise ValueError(f"{source}: the model needs its own remote code; only families that transformers knows can be patched")
+
+
+def skeleton(source: Path) -> PreTrainedModel:
+    """The model without weights (on the meta device): its structure is all that a recipe needs."""
+    config = AutoConfig.from_pretrained(source)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{source}: no causal language model can be built from its config.json: {error}") from error
+
+
+def mixture_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Name -> start value of every parameter that learned mixtures add."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, NeuronMixture):
+            start = torch.zeros(module.gating_logits.shape)
+            start[:, module.neutral] = module.start_logit
+            tensors[f"{path}.gating_logits"] = start
+            if module.beta is not None:
+                number: Any = module.members[module.swish].beta
+                tensors[f"{path}.beta"] = torch.full(module.beta.shape, 1.0 if number is None else number)
+    return tensors
+
+
+def stored_names(tensors: dict[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors under the names that this checkpoint's own convention gives (with or without the base model's prefix)."""
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in checkpoint):
+        return tensors
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def fingerprints(source: Path, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """File -> size in bytes and SHA-256 of its safetensors header (of the whole file for config.json): seconds, not hours."""
+    config = (source / "config.json").read_bytes()
+    found = {"config.json": {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}}
+    for name, header in checkpoint.shards.items():
+        with open(source / name, "rb") as file:
+            digest = hashlib.sha256(file.read(header.data_start)).hexdigest()
+        found[name] = {"bytes": (source / name).stat().st_size, "header_sha256": digest}
+    return found
+
+
+def place_shards(checkpoint: Checkpoint, folder: Path, added: dict[str, Tensor], *, copy: bool) -> int:
+    """Put the source's shards into the folder, and the added tensors in one shard more; returns how many were linked."""
+    names = list(checkpoint.shards)
+    targets = dict(zip(names, names, strict=True))
+    if added:
+        total = len(names) + 1
+        targets = {name: f"model-{number:05d}-of-{total:05d}.safetensors" for number, name in enumerate(names, 1)}
+        extra = f"model-{total:05d}-of-{total:05d}.safetensors"
+        specs = tuple(TensorSpec(name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in added.items())
+        with ShardWriter(folder, [Shard(extra, specs)]) as writer:
+            for name, tensor in added.items():
+                writer.write(name, tensor)
+        weight_map = {name: targets[stored.file] for name, stored in checkpoint.tensors.items()}
+        size = checkpoint.nbytes + sum(tensor.nbytes for tensor in added.values())
+        parameters = checkpoint.parameters + sum(tensor.numel() for tensor in added.values())
+        write_index(folder / INDEX_FILE, weight_map | dict.fromkeys(added, extra), size, parameters)
+    elif checkpoint.index is not None:
+        shutil.copyfile(checkpoint.folder / INDEX_FILE, folder / INDEX_FILE)
+    return sum(link_or_copy(checkpoint.folder / name, folder / target, copy=copy) for name, target in targets.items())
+
+
+def link_or_copy(origin: Path, target: Path, *, copy: bool) -> bool:
+    """Hard-link a file, or copy it where that is not possible; returns whether it was linked."""
+    if not copy:
+        try:
+            os.link(origin.resolve(), target)
+        except OSError:  # another file system, or one without hard links
+            pass
+        else:
+            return True
+    shutil.copyfile(origin, target)
+    return False
+
+
+def place_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy what is neither weights nor config; returns the weights in other forms that stay behind."""
+    left_out = []
+    for name in checkpoint.other_files:
+        if name in ("config.json", MODELING_FILE):
+            continue
+        if name.endswith(OTHER_WEIGHTS):
+            left_out.append(name)
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / name, folder / name)
+    return left_out
+
+
