@@ -11,7 +11,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from neuroweave.surgery.on_disk import patch_checkpoint
-    from neuroweave.surgery.patch import Patch, patch, unpatch
+    from neuroweave.surgery.patching import Patch, patch, unpatch
     from neuroweave.surgery.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -29,6 +29,4 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def register_patched_models(_: Any) -> None:
     """Once transformers' Auto classes are there (not before: importing them takes seconds), add patched checkpoints."""
-    from neuroweave.surgery.modeling import register
-
-    register()
+    import neuroweave.surgery.modeling  # noqa: F401  (registers at the end of its import)

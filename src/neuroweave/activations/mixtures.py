@@ -78,8 +78,8 @@ class NeuronMixture(nn.Module):
                 self.beta.fill_(1.0 if number is None else number)
 
     def weights(self) -> Float[Tensor, "n K"]:
-        """How much of each member every neuron runs; rows sum to 1. Float32."""
-        soft = torch.softmax(self.gating_logits.float(), dim=-1)
+        """How much of each member every neuron runs; rows sum to 1. In float32 at least."""
+        soft = torch.softmax(self.gating_logits.to(torch.promote_types(self.gating_logits.dtype, torch.float32)), dim=-1)
         if not self.hard:
             return soft
         chosen = torch.nn.functional.one_hot(soft.argmax(dim=-1), len(self.members)).to(soft.dtype)

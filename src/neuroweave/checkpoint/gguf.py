@@ -25,6 +25,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 8
 _MAX_STRING = 1 << 26
+_CHUNK_ELEMENTS = 1 << 17  # dequantizing whole tensors costs twice as much: temporaries fall out of the cache
 # floating types that are stored as values; all others are blocks of quantized values
 PLAIN_TYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
 
@@ -214,6 +215,7 @@ def import_gguf() -> Any:
 def write_stand_in(header: GGUFHeader, path: Path) -> None:
     """A small GGUF file with the same metadata and tensor table, without the tokenizer's arrays and without data.
 
+    Two made-up tokens stand for the vocabulary, so that readers which count it find something.
     The data section is a hole of the right length, so that readers which map the tensors accept the file.
     """
     kept = [
@@ -227,9 +229,12 @@ def write_stand_in(header: GGUFHeader, path: Path) -> None:
             source.seek(span[0])
             out.write(source.read(span[1] - span[0]))
 
-        out.write(MAGIC + struct.pack("<IQQ", header.version, len(header.tensors), len(kept)))
+        out.write(MAGIC + struct.pack("<IQQ", header.version, len(header.tensors), len(kept) + 1))
         for key in kept:
             copy(header.spans[key])
+        tokens = b"tokenizer.ggml.tokens"
+        out.write(struct.pack("<Q", len(tokens)) + tokens + struct.pack("<IIQ", _ARRAY, _STRING, 2))
+        out.write((struct.pack("<Q", 1) + b"?") * 2)
         copy(header.tensor_table)
         data_start = -(-header.tensor_table[1] // header.alignment) * header.alignment
         out.truncate(-(-out.tell() // header.alignment) * header.alignment + header.file_bytes - data_start)
@@ -260,15 +265,21 @@ class GGUFData:
 
         Raises ValueError for a quantization that the installed gguf package cannot undo.
         """
+        import numpy as np
+
         gguf = import_gguf()
         tensor = self._tensors[name]
         kind = gguf.GGMLQuantizationType(tensor.type)
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        stored_shape = (*tensor.shape[:-1], tensor.shape[-1] // per_block * block_bytes)
-        raw = self._blob[tensor.offset : tensor.offset + tensor.nbytes].reshape(stored_shape)
-        if PLAIN_TYPES.get(tensor.type) == "float64":
-            return raw.view("<f8").astype("<f4").reshape(tensor.shape)
+        columns = tensor.shape[-1]
+        raw = self._blob[tensor.offset : tensor.offset + tensor.nbytes].reshape(-1, columns // per_block * block_bytes)
+        values = np.empty((len(raw), columns), dtype=np.float32)
+        rows = max(1, _CHUNK_ELEMENTS // columns)
         try:
-            return gguf.dequantize(raw, kind).reshape(tensor.shape)
+            for start in range(0, len(raw), rows):
+                block = raw[start : start + rows]
+                is_double = PLAIN_TYPES.get(tensor.type) == "float64"
+                values[start : start + rows] = block.view("<f8") if is_double else gguf.dequantize(block, kind)
         except NotImplementedError as error:
             raise ValueError(f"{self._path}: tensor {name!r}: {kind.name} cannot be dequantized ({error})") from error
+        return values.reshape(tensor.shape)

@@ -7,11 +7,13 @@ llama.cpp's rules (llama-vocab.cpp).
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
 
 _CONTROL, _USER_DEFINED = 3, 4  # ggml token types
 _SPECIAL_TOKENS = {
@@ -69,13 +71,28 @@ _SPLITS: dict[tuple[str, ...], tuple[str, ...]] = {
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {name: splits for names, splits in _SPLITS.items() for name in names}
 
 
-def gguf_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """A fast tokenizer with the file's vocabulary, merges, special tokens, chat template and length.
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """A tokenizer and what belongs into `tokenizer_config.json` and `chat_template.jinja` beside it."""
+
+    backend: Tokenizer
+    config: dict[str, Any]
+    chat_template: str | None
+
+    def save(self, folder: Path) -> None:
+        """Write the three files, so that AutoTokenizer of any transformers since 4.43 reads them."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        text = json.dumps(self.config, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        if self.chat_template:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+def gguf_tokenizer(metadata: dict[str, Any]) -> GGUFTokenizer:
+    """The file's vocabulary, merges, special tokens, chat template and length as a fast tokenizer.
 
     Raises ValueError for a vocabulary or a pre-tokenizer that is not known: a guess would cut text wrongly in silence.
     """
-    from transformers import PreTrainedTokenizerFast
-
     kind, architecture = metadata.get("tokenizer.ggml.model"), metadata["general.architecture"]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
@@ -93,14 +110,14 @@ def gguf_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
     special = {name: tokens[metadata[key]] for name, key in _SPECIAL_TOKENS.items() if _is_token(metadata, key)}
     _set_template(backend, metadata, special)
     length = metadata.get(f"{architecture}.context_length")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    config: dict[str, Any] = {
         **special,
-        clean_up_tokenization_spaces=False,
-        padding_side="left" if is_gemma else "right",
         **({"model_max_length": length} if length else {}),
-        **({"chat_template": template} if (template := metadata.get("tokenizer.chat_template")) else {}),
-    )
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left" if is_gemma else "right",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    return GGUFTokenizer(backend, config, metadata.get("tokenizer.chat_template"))
 
 
 def token_ids(metadata: dict[str, Any]) -> dict[str, int | list[int]]:
@@ -172,17 +189,30 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
 def _gemma(metadata: dict[str, Any], *, scored: bool) -> Tokenizer:
     """Gemma's byte-pair vocabulary: runs of spaces are written with the mark, merges rank by position in the list."""
-    from transformers import GemmaTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens = [
         "▁" * len(token) if " " in token and not token.strip() else token
         for token in metadata["tokenizer.ggml.tokens"]
     ]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    ranks = metadata.get("tokenizer.ggml.scores") if scored else [-float(index) for index in range(len(tokens))]
-    names = {"mask_token": "<mask>"} if "<mask>" in vocabulary else {}
-    merges = _merges(metadata | {"tokenizer.ggml.tokens": tokens}, vocabulary, ranks)
-    return GemmaTokenizer(vocab=vocabulary, merges=merges, **(names | _named(metadata)))._tokenizer
+    if scored or metadata.get("tokenizer.ggml.merges"):
+        merges = _merges(metadata | {"tokenizer.ggml.tokens": tokens}, vocabulary, metadata.get("tokenizer.ggml.scores"))
+    else:
+        merges = [
+            (token[:cut], token[cut:])
+            for token in tokens
+            for cut in range(len(token) - 1, 0, -1)
+            if token[:cut] in vocabulary and token[cut:] in vocabulary
+        ]
+    unknown = _named(metadata).get("unk_token", "<unk>")
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, unk_token=unknown, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
 
 
 def _unigram(metadata: dict[str, Any]) -> Tokenizer:

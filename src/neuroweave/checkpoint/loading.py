@@ -43,7 +43,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source}: no tokenizer could be loaded ({error})") from error
 
 

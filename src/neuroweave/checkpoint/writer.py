@@ -194,6 +194,20 @@ def dtype_code(dtype: torch.dtype | str) -> str:
     raise ValueError(f"dtype {name!r} cannot be stored in safetensors")
 
 
+def cast_to(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The tensor in the dtype of `spec`. Raises ValueError when a finite value would become infinite."""
+    import torch
+
+    dtype = getattr(torch, DTYPE_NAMES[spec.dtype])
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if dtype.is_floating_point and bool((converted.isinf() & tensor.isfinite()).any()):
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        raise ValueError(f"{spec.name}: values up to {largest:.3g} do not fit {DTYPE_NAMES[spec.dtype]}")
+    return converted
+
+
 def _torch_bytes(tensor: torch.Tensor, spec: TensorSpec) -> Any:
     import torch
 

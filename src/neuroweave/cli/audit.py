@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,9 +27,10 @@ TOKENS = 16
 def command(model: str, forbid: str, prompt: str | None, as_json: bool) -> None:
     """List every nonlinearity that a forward pass of MODEL really runs, by module, with counts.
 
-    MODEL is a checkpoint folder or a hub id, patched or not. Operators are traced as they run, module names are not
-    trusted: an activation that is spelled out shows its parts, x * sigmoid(x) shows sigmoid. In --forbid, gelu stands
-    for both flavours. The kind "other" is the arithmetic of norms and rotary positions.
+    MODEL is a checkpoint folder or a hub id, patched or not. Operators are traced as they run: an activation that is
+    spelled out shows its parts, x * sigmoid(x) shows sigmoid. In --forbid, gelu stands for both flavours, softmax also
+    for fused attention; an operator that cannot be seen into breaks every ban. The kind "other" is the arithmetic of
+    norms and of rotary positions.
     """
     from neuroweave.checkpoint.loading import load_model
     from neuroweave.diagnose.audit import audit, families
@@ -42,7 +44,7 @@ def command(model: str, forbid: str, prompt: str | None, as_json: bool) -> None:
     broken = result.forbidden(names)
     if as_json:
         runs = result.to_json()
-        wanted = {"forbidden": names, "violations": [vars(run) for run in broken]} if names else {}
+        wanted = {"forbidden": names, "violations": [asdict(run) for run in broken]} if names else {}
         print_json({"model": model, **runs, **wanted})
     else:
         print_result(result)

@@ -41,11 +41,11 @@ def command(
     model: str, out: Path, recipe: str | None, sites: tuple[str, ...], layers: str, copy: bool, overwrite: bool,
     as_json: bool, **shortcuts: str | None,
 ) -> None:  # fmt: skip
-    from neuroweave.checkpoint.importing import local_checkpoint
+    from neuroweave.checkpoint.hub import local_folder
     from neuroweave.surgery.on_disk import patch_checkpoint
 
     chosen = recipe_from(recipe, shortcuts, sites, layers)
-    result = patch_checkpoint(local_checkpoint(model), out, chosen, copy=copy, overwrite=overwrite)
+    result = patch_checkpoint(local_folder(model), out, chosen, copy=copy, overwrite=overwrite)
     report: dict[str, Any] = {
         "folder": str(result.folder),
         "recipe": chosen.to_dict(),

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # ATen operator (without overload, in-place mark and `_backward`): the name in the report.
@@ -53,7 +54,9 @@ ACTIVATIONS = {
     "sinc": "sinc",
     "sinh": "sinh",
     "cosh": "cosh",
+    "tan": "tan",
     "atan": "atan",
+    "asinh": "asinh",
     "erf": "erf",
     "erfc": "erf",
     "special_erfcx": "erf",
@@ -109,6 +112,7 @@ FAMILIES = {name: (name,) for name in [*ACTIVATIONS.values(), *OTHERS.values(), 
 # ATen operators that hide whole layers, and namespaces of operators that compute nothing nonlinear.
 HIDING = ("lstm", "gru", "rnn_tanh", "rnn_relu", "_thnn_fused", "mkldnn_rnn", "miopen_rnn", "_cudnn_rnn",
           "_transformer_encoder", "_native_multi_head", "_addmm_activation", "_triton")  # fmt: skip
+LINEAR = ("transformers::grouped_mm_fallback",)  # registered by transformers: products of matrices, nothing else
 TRANSPARENT = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "c10d_functional", "inductor_prims")
 
 
@@ -169,6 +173,8 @@ def families(names: Iterable[str]) -> set[str]:
 class Recorder(TorchDispatchMode):
     """Counts nonlinear operators, each under the module whose forward is running."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[tuple[str, str, bool]] = []  # path, class name, is it about rotary positions
@@ -176,29 +182,46 @@ class Recorder(TorchDispatchMode):
 
     @property
     def result(self) -> AuditResult:
-        runs = (Run(*place, operation, count, kind) for (*place, operation, kind), count in self.counts.items())
-        return AuditResult(tuple(runs))
+        counted = self.counts.items()
+        return AuditResult(tuple(Run(path, cls, name, count, kind) for (path, cls, name, kind), count in counted))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # In inference mode composite operators arrive whole. Taken apart here, they run the same kernels, all seen.
-        with self:
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if isinstance(func, HigherOrderOperator):  # flex attention, and what else takes functions
+            self.count(f"higher_order::{func.name()}", "opaque")
+            return func(*args, **kwargs)
+        if arrives_whole(func, args):
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        path, class_name, rotary = self.stack[-1] if self.stack else ("", "", False)
-        operation, kind = classify(func, args, kwargs, rotary=rotary)
+        operation, kind = classify(func, args, kwargs, rotary=self.stack[-1][2] if self.stack else False)
         if kind:
-            self.counts[path, class_name, operation, kind] += 1
+            self.count(operation, kind)
         return result
+
+    def count(self, operation: str, kind: str) -> None:
+        path, class_name, _ = self.stack[-1] if self.stack else ("", "", False)
+        self.counts[path, class_name, operation, kind] += 1
+
+
+def arrives_whole(func: Any, args: Any) -> bool:
+    """Whether PyTorch would now take the operator apart: a composite one without a kernel of its own for the device.
+
+    In inference mode such operators get to the recorder before that is done.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return False
+    devices = {value.device.type for value in args if isinstance(value, Tensor)}
+    keys = (str(torch._C._dispatch_key_for_device(device)) for device in devices)
+    return not any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in keys)
 
 
 def classify(func: Any, args: Any, kwargs: dict[str, Any], *, rotary: bool) -> tuple[str, str]:
     """The name and the kind of an operator call; an empty kind for one that is not listed."""
+    full_name = func._schema.name
     if func.namespace not in TRANSPARENT:
-        return f"{func.namespace}::{func._schema.name.split('::')[-1]}", "opaque"
-    operator = func._schema.name.split("::")[-1]
+        return (full_name, "opaque") if full_name not in LINEAR else ("", "")
+    operator = full_name.split("::")[-1]
     if operator.startswith(FUSED_ATTENTION):
         return FUSED_SOFTMAX, "activation"
     if operator.startswith(HIDING):
@@ -220,9 +243,10 @@ def classify(func: Any, args: Any, kwargs: dict[str, Any], *, rotary: bool) -> t
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[Recorder]:
-    """Record what `model` runs inside the block; read `.result` after it. All hooks are gone afterwards, also on errors.
+    """Record what `model` runs inside the block; read `.result` after it. No hook is left behind, also on errors.
 
-    Logits are bit-equal to those without the trace. Functions under torch.compile run uncompiled meanwhile.
+    Logits are bit-equal to those without the trace. A function under torch.compile runs uncompiled meanwhile, which
+    can round differently.
     Raises ValueError for a model with compiled or scripted modules.
     """
     refuse_compiled(model)

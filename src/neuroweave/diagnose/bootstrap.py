@@ -27,7 +27,7 @@ class Bootstrap:
         draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
         self._times_drawn: UInt[np.ndarray, "resamples units"] = draws.astype(np.uint32)
 
-    def means(self, sums: Float[np.ndarray, "units *rest"], counts: Any) -> Float[np.ndarray, "resamples *rest"]:
+    def means(self, sums: Float[np.ndarray, "units columns"], counts: Any) -> Float[np.ndarray, "resamples columns"]:
         """The mean per token in every draw: the drawn units' sums over their counts.
 
         `sums`: a statistic summed over the tokens of each unit; `counts` [units]: its tokens.
@@ -36,8 +36,7 @@ class Bootstrap:
         rows = []
         for start in range(0, len(self._times_drawn), ROWS_AT_ONCE):
             weights = self._times_drawn[start : start + ROWS_AT_ONCE].astype(np.float64)
-            tokens = (weights @ counts).reshape(-1, *[1] * (sums.ndim - 1))
-            rows.append((weights @ sums) / tokens)
+            rows.append((weights @ sums) / (weights @ counts)[:, None])
         return np.concatenate(rows)
 
     def estimate(self, sums: Float[np.ndarray, " units"], counts: Any, *, exponential: bool = False) -> Estimate:

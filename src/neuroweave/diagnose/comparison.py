@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-SCHEMA_VERSION = 1
+from neuroweave.text.passages import PASSAGE
+
+SCHEMA_VERSION: Literal[1] = 1
 
 
 class Record(BaseModel):
@@ -54,9 +56,7 @@ class Plan(Record):
 
     tokens: int = Field(8192, ge=2, description="tokens of text to measure on, at most")
     window: int = Field(512, ge=2, description="tokens per forward pass; the context a prediction can see")
-    passage_words: int = Field(
-        2000, ge=1, description="longer documents are cut into passages of about this many words"
-    )
+    passage: int = Field(PASSAGE, ge=1, description="longer documents are cut to about so many characters")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
     seed: int = Field(0, ge=0, description="seed of the bootstrap")
     prompts: tuple[str, ...] = Field(DEFAULT_PROMPTS, description="texts that every model continues greedily")

@@ -58,9 +58,7 @@ def compare(
     """
     plan = plan or Plan()
     check_prompts(plan.prompts)
-    sample = draw_sample(
-        documents, base.tokenizer, tokens=plan.tokens, window=plan.window, passage_words=plan.passage_words
-    )
+    sample = draw_sample(documents, base.tokenizer, tokens=plan.tokens, window=plan.window, passage=plan.passage)
     bootstrap = Bootstrap(len(sample.passages), resamples=plan.resamples, seed=plan.seed)
     names = {base.name}
     passes = []
@@ -86,7 +84,7 @@ def compare(
 
 
 def grouped(others: Iterable[Subject], together: bool) -> Iterator[list[Subject]]:
-    """All in one list, or one by one in lists that the caller empties, so that a model is free before the next comes."""
+    """All in one list, or one by one in lists that the caller empties: a model is free before the next comes."""
     if together:
         yield list(others)
         return
@@ -184,14 +182,14 @@ def position_bins(pair: PairTally, counts_at: np.ndarray) -> list[PositionBin]:
             mean=float(pair.kl_at[first:end].sum() / counts_at[first:end].sum()),
             predictions=int(counts_at[first:end].sum()),
         )
-        for first, end in zip(edges[:-1], edges[1:], strict=True)
+        for first, end in itertools.pairwise(edges)
     ]
 
 
 def describe_text(sample: Sample, plan: Plan) -> TextUsed:
     return TextUsed(
         documents=sample.documents,
-        unit=f"a document, or of a longer one a passage of about {plan.passage_words:,} words",
+        unit=f"a document, or of a longer one a passage of about {plan.passage:,} characters",
         units=len(sample.passages),
         windows=len(sample.windows),
         predictions=sample.predictions,

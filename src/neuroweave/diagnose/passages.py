@@ -1,7 +1,7 @@
 """From documents to the windows of tokens that are measured, each knowing the passage it came from.
 
-A *passage* is the unit that the bootstrap draws: a whole document, or, of a longer one, a piece of about
-`passage_words` words that ends at the end of a paragraph. A *window* is what one forward pass reads: the start token
+A *passage* is the unit that the bootstrap draws: a whole document, or, of a longer one, a piece of about `passage`
+characters (`neuroweave.text.passages.cut`). A *window* is what one forward pass reads: the start token
 where the tokenizer uses one, then up to `window` tokens in all. Windows do not overlap and never cross passages.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from neuroweave.text.passages import cut
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -76,28 +77,6 @@ class Sample:
         return digest.hexdigest()
 
 
-def cut_passages(document: Document, words: int) -> Iterator[Passage]:
-    """The document in passages of at least `words` words, cut between paragraphs; a short rest joins the last one.
-
-    A paragraph ends at an empty line; where a text has none, a line counts as a paragraph.
-    """
-    breaks = r"(?<=\n)(?=\s*\n)" if re.search(r"\n\s*\n", document.text) else r"(?<=\n)"
-    pieces: list[str] = []
-    length = words  # the first paragraph opens the first passage
-    for paragraph in re.split(breaks, document.text):
-        if length >= words:
-            pieces.append("")
-            length = 0
-        pieces[-1] += paragraph
-        length += len(paragraph.split())
-    if len(pieces) > 1 and length < words / 2:
-        rest = pieces.pop()
-        pieces[-1] += rest
-    for piece in pieces:
-        if piece.strip():
-            yield Passage(document.name, piece.strip())
-
-
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The start token as a list, empty where the tokenizer has none or does not put it before a text."""
     start = tokenizer.bos_token_id
@@ -128,7 +107,7 @@ def draw_sample(
     *,
     tokens: int,
     window: int,
-    passage_words: int,
+    passage: int,
 ) -> Sample:
     """About `tokens` tokens in windows, spread over as many passages as there are: the first window of each passage
     in turn, passages taken evenly from the whole text, then the second window of each, and so on. No randomness.
@@ -139,12 +118,12 @@ def draw_sample(
     passages: list[Passage] = []
     for document in documents:
         names.append(document.name)
-        passages.extend(cut_passages(document, passage_words))
+        passages.extend(Passage(document.name, text) for text in cut(document.text, size=passage))
     start = start_tokens(tokenizer)
     if window < len(start) + 1:
         raise ValueError(f"a window of {window} tokens holds nothing but the start token; give a larger one")
 
-    cut: dict[int, list[tuple[int, ...]]] = {}
+    pieces: dict[int, list[tuple[int, ...]]] = {}
     chosen: list[tuple[int, int]] = []
     total = 0
     evenly = sorted(range(len(passages)), key=lambda index: index * GOLDEN % 1)
@@ -153,11 +132,11 @@ def draw_sample(
         for index in evenly:
             if total >= tokens:
                 break
-            if index not in cut:
-                cut[index] = cut_windows(encode(tokenizer, passages[index].text), start=start, window=window)
-            if turn < len(cut[index]):
+            if index not in pieces:
+                pieces[index] = cut_windows(encode(tokenizer, passages[index].text), start=start, window=window)
+            if turn < len(pieces[index]):
                 chosen.append((index, turn))
-                total += len(cut[index][turn])
+                total += len(pieces[index][turn])
                 more = True
         if total >= tokens or not more:
             break
@@ -167,5 +146,5 @@ def draw_sample(
         )
     used = sorted({index for index, _ in chosen})
     units = {index: unit for unit, index in enumerate(used)}
-    windows = tuple(Window(units[index], cut[index][turn]) for index, turn in sorted(chosen))
+    windows = tuple(Window(units[index], pieces[index][turn]) for index, turn in sorted(chosen))
     return Sample(windows, tuple(passages[index] for index in used), bool(start), total < tokens)

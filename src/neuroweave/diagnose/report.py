@@ -1,4 +1,4 @@
-"""report.html: one file that opens offline, in light and dark, on a phone. Needs the `report` extra (Jinja2, matplotlib)."""
+"""report.html: one file that opens offline, in light and dark, on a phone. It needs the `report` extra."""
 
 from __future__ import annotations
 

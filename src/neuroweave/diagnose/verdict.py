@@ -3,6 +3,7 @@ interval leaves out "no difference"; the terminal and the report speak with thes
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,12 @@ def rows(base: Measured, other: Other) -> list[Row]:
     """The table of differences of one model."""
     model, difference = other.model, other.difference
 
-    def row(metric: str, values: tuple[str, str], estimate: Estimate, reference: float, sign: str = "") -> Row:
+    def row(metric: str, values: tuple[str, str], estimate: Estimate, reference: float) -> Row:
         words = {"above": "differs", "below": "differs"} if values == ("", "") else {}
         return Row(
             metric,
             *values,
-            f"{sign}{number(estimate.value)}",
+            number(estimate.value),
             interval(estimate),
             reading(estimate, reference, **words),
         )
@@ -76,7 +77,7 @@ def rows(base: Measured, other: Other) -> list[Row]:
     perplexities = number(base.perplexity.value), number(model.perplexity.value)
     confidences = number(base.confidence.value), number(model.confidence.value)
     table = [
-        row("perplexity, ratio", perplexities, difference.perplexity_ratio, 1, "×"),
+        row("perplexity, ratio", perplexities, difference.perplexity_ratio, 1),
         row("top-1 confidence, difference", confidences, difference.confidence, 0),
         row("KL(base || other), nats per token", ("", ""), difference.kl, 0),
         row("cosine similarity of logits", ("", ""), difference.logit_cosine, 1),
@@ -85,7 +86,7 @@ def rows(base: Measured, other: Other) -> list[Row]:
     if difference.hidden_cosine:
         table.append(row("cosine similarity, last hidden state", ("", ""), difference.hidden_cosine[-1], 1))
     for name, part, ratio in speeds(base, model, difference):
-        table.append(row(f"{name} tokens/s, ratio", (number(part[0].median), number(part[1].median)), ratio, 1, "×"))
+        table.append(row(f"{name} tokens/s, ratio", (number(part[0].median), number(part[1].median)), ratio, 1))
     return table
 
 
@@ -104,9 +105,7 @@ def sentences(comparison: Comparison, other: Other) -> list[str]:
     base, model, difference = comparison.base, other.model, other.difference
     said = [describe_change(other)]
     if is_identical(difference):
-        said.append(
-            f"On this text it is the same as {base.name}: every prediction is equal (perplexity ratio 1, KL 0, exactly)."
-        )
+        said.append(f"On this text it is the same as {base.name}: every prediction is equal (ratio 1, KL 0, exactly).")
     else:
         said += [describe_perplexity(base, model, difference), describe_predictions(base, difference)]
         departure = describe_departure(difference)
@@ -115,10 +114,10 @@ def sentences(comparison: Comparison, other: Other) -> list[str]:
         verb = "reads a prompt (prefill)" if name == "prefill" else "writes (decode)"
         pace = reading(ratio, 1, above="faster than", below="slower than")
         if pace in ("faster than", "slower than"):
-            said.append(f"It {verb} {pace} {base.name}: speed × {with_interval(ratio)}.")
+            said.append(f"It {verb} {pace} {base.name}: speed ratio {with_interval(ratio)}.")
         else:
             why = "too few runs to tell" if pace == "no interval" else "no difference beyond noise"
-            said.append(f"How fast it {verb}: {why}, speed × {with_interval(ratio)}.")
+            said.append(f"How fast it {verb}: {why}, speed ratio {with_interval(ratio)}.")
     return said
 
 
@@ -178,7 +177,7 @@ def describe_departure(difference: Difference) -> str | None:
         return None
     if values[0] < 0.99:
         return f"The signal departs at the very input: cosine similarity {number(values[0])} before the first layer."
-    losses = [before - after for before, after in zip(values, values[1:], strict=False)]
+    losses = [before - after for before, after in itertools.pairwise(values)]
     layer = max(range(len(losses)), key=losses.__getitem__)
     if losses[layer] < 0.001:
         return None
@@ -186,3 +185,36 @@ def describe_departure(difference: Difference) -> str | None:
         f"The signal departs most in layer {layer} of 0 to {len(losses) - 1}: cosine similarity of hidden states "
         f"{number(values[layer])} before and {number(values[layer + 1])} after it."
     )
+
+
+SUMMARY_COLUMNS = ("model", "perplexity", "ratio to base", "mean KL", "cosine", "top-1 agreement", "tokens/s", "speed")
+
+
+def summary(comparison: Comparison) -> list[list[str]]:
+    """One row per model under `SUMMARY_COLUMNS`: values with their intervals; tokens/s and speed ratio are decode's."""
+    table = []
+    for model, difference in [
+        (comparison.base, None),
+        *((other.model, other.difference) for other in comparison.others),
+    ]:
+        cells = [model.name, bracketed(model.perplexity)]
+        if difference is None:
+            cells += ["", "", "", ""]
+        else:
+            cells += [
+                bracketed(difference.perplexity_ratio),
+                bracketed(difference.kl),
+                bracketed(difference.logit_cosine),
+                bracketed(difference.top1_agreement),
+            ]
+        cells.append(number(model.speed.decode.median) if model.speed else "")
+        cells.append(bracketed(difference.decode_ratio) if difference and difference.decode_ratio else "")
+        table.append(cells)
+    return table
+
+
+def bracketed(estimate: Estimate) -> str:
+    """`value [low, high]`."""
+    if estimate.low is None or estimate.high is None:
+        return number(estimate.value)
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"

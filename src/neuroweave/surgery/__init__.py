@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuroweave.surgery.on_disk import patch_checkpoint
-    from neuroweave.surgery.patch import Patch, patch, unpatch
+    from neuroweave.surgery.patching import Patch, patch, unpatch
     from neuroweave.surgery.recipe import Recipe
 
 __all__ = ["Patch", "Recipe", "patch", "patch_checkpoint", "unpatch"]
-_HOMES = {"Patch": "patch", "patch": "patch", "unpatch": "patch", "Recipe": "recipe", "patch_checkpoint": "on_disk"}
+_HOMES = {
+    "Patch": "patching",
+    "patch": "patching",
+    "unpatch": "patching",
+    "Recipe": "recipe",
+    "patch_checkpoint": "on_disk",
+}
 
 
 def __getattr__(name: str) -> Any:

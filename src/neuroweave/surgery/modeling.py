@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -135,9 +136,10 @@ def adopt(config: PreTrainedConfig, entry: dict[str, Any]) -> None:
     """Make a family's config object that of a patched model, in place (submodules hold references to it)."""
     base = type(config)
     config.__class__ = config_class(base)
+    vars(config).pop("model_type", None)  # the class says it; as the family's, Liger would take the model for its own
     config.neuroweave = copy.deepcopy(entry)
     config.architectures = [ARCHITECTURE]
-    register_family(base)
+    register_family(base, entry["base"]["class"])
 
 
 def release(config: PreTrainedConfig) -> None:
@@ -166,23 +168,36 @@ class PatchedModel:
         self._neuroweave_undo = apply_plan(self, *plan_for(self, config.neuroweave))  # type: ignore[arg-type]
 
     @classmethod
+    def _family_config(cls, config: Any) -> Any:
+        """The config that the family's class is built from: of a multimodal one, the text model's part."""
+        if config is None or isinstance(config, cls.__mro__[2].config_class):  # type: ignore[attr-defined]
+            return config
+        text, entry = config.get_text_config(), copy.deepcopy(config.neuroweave)
+        entry["base"]["model_type"] = type(text).model_type
+        adopt(text, entry)
+        return text
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return super()._from_config(cls._family_config(config), **kwargs)  # type: ignore[misc]
+
+    @classmethod
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        kwargs["config"] = cls._family_config(kwargs.get("config"))
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        mixtures = tuple(name for name, module in model.named_modules() if isinstance(module, NeuronMixture))
-        missing = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] in mixtures)
+        ours = {name for name, module in model.named_modules() if isinstance(module, NeuronMixture | ActivatedProjection)}
+        missing = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] in ours)
         if missing:
             raise ValueError(
-                f"{source}: learned mixture weights are missing ({missing[0]} and {len(missing) - 1} more); "
+                f"{source}: {missing[0]} and {len(missing) - 1} more weights that the patch needs are missing; "
                 f"the checkpoint is incomplete"
             )
         return (model, info) if output_loading_info else model
 
-    def _init_weights(self, module: Any) -> None:
-        if isinstance(module, NeuronMixture):
-            module.reset_parameters()
-        else:
-            projection = module.projection if isinstance(module, ActivatedProjection) else module
-            super()._init_weights(projection)  # type: ignore[misc]
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: weights are renamed and initialised exactly as in the family's own class."""
+        return False
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's: resizing makes a new output projection, so the patch is lifted and laid again."""
@@ -224,11 +239,16 @@ def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> 
 
 
 @functools.cache
-def register_family(base: type[PreTrainedConfig]) -> None:
-    """Tell the Auto classes which patched classes belong to a family's patched config."""
+def register_family(base: type[PreTrainedConfig], class_name: str) -> None:
+    """Tell the Auto classes which patched classes belong to a family's patched config.
+
+    `class_name`: the family's class that was patched, for text models that AutoModelForCausalLM itself does not list.
+    """
     config = config_class(base)
     for auto in (AutoModel, AutoModelForCausalLM):
         family_class = family_model(auto, base)
+        if family_class is None and auto is AutoModelForCausalLM:
+            family_class = getattr(transformers, class_name, None)
         if family_class is not None:
             auto.register(config, model_class(family_class, config), exist_ok=True)
 
@@ -284,8 +304,6 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     """Families' patched classes by name (`NeuroweaveLlamaForCausalLM`), so that pickles find them again."""
-    import transformers
-
     base = getattr(transformers, name.removeprefix("Neuroweave"), None) if name.startswith("Neuroweave") else None
     if base is None or not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -294,3 +312,5 @@ def __getattr__(name: str) -> Any:
     return model_class(base, config_class(base.config_class))
 
 
+if __name__ == "neuroweave.surgery.modeling":  # not in a checkpoint's copy: that one speaks for its checkpoint alone
+    register()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from neuroweave.activations.mixtures import NeuronMixture
 from neuroweave.checkpoint.header import TensorSpec
@@ -22,7 +23,7 @@ from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.checkpoint.writer import Shard, ShardWriter, dtype_code, write_index
 from neuroweave.surgery.apply import apply_plan
 from neuroweave.surgery.modeling import KEY, MODELING_FILE, modeling_source, seal
-from neuroweave.surgery.patch import RecipeLike, as_recipe, entry_for, refuse_unpatchable
+from neuroweave.surgery.patching import RecipeLike, as_recipe, entry_for, refuse_unpatchable
 from neuroweave.surgery.plan import Resolution, resolve
 
 # Other forms of the same weights: in a patched folder they would be the unpatched model under a patched name.
@@ -56,10 +57,13 @@ def patch_checkpoint(
     plain = json.loads((source / "config.json").read_text(encoding="utf-8"))
     refuse_config(source, plain)
     with staged_folder(out, overwrite=overwrite, sources=[source]) as folder, Checkpoint(source) as checkpoint:
-        model = skeleton(source)
+        config = AutoConfig.from_pretrained(source)
+        model_type = type(config).model_type
+        model = skeleton(source, config)
         refuse_unpatchable(model)
         resolution = resolve(model, recipe)
         entry = entry_for(model, recipe, resolution)
+        entry["base"] |= {"model_type": model_type, "architectures": plain.get("architectures") or [type(model).__name__]}
         entry["source"] = {"files": fingerprints(source, checkpoint)}
         apply_plan(model, resolution.plan)
         added = stored_names(mixture_tensors(model), model, checkpoint)
@@ -82,14 +86,16 @@ def refuse_config(source: Path, plain: dict[str, Any]) -> None:
         raise ValueError(f"{source}: the model needs its own remote code; only families that transformers knows can be patched")
 
 
-def skeleton(source: Path) -> PreTrainedModel:
+def skeleton(source: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights (on the meta device): its structure is all that a recipe needs."""
-    config = AutoConfig.from_pretrained(source)
-    try:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        try:
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{source}: no causal language model can be built from its config.json: {error}") from error
+        except (ValueError, KeyError) as error:
+            named = getattr(transformers, (config.architectures or [""])[0], None)  # text models without an Auto entry
+            if named is None or not issubclass(named, PreTrainedModel) or "CausalLM" not in named.__name__:
+                raise ValueError(f"{source}: no causal language model can be built from config.json: {error}") from error
+            return named(config)
 
 
 def mixture_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from neuroweave.activations.mixtures import ActivationSpec
 from neuroweave.surgery.apply import Edit, Plan
 from neuroweave.surgery.recipe import EVERYWHERE, LAYER_SITES, Recipe, SiteEdit, select_layers
-from neuroweave.surgery.sites import Place, decoder_layers, describe_sites, find_sites
+from neuroweave.surgery.sites import Place, decoder_stacks, describe_sites, find_sites
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,24 @@ def resolve(model: PreTrainedModel, recipe: Recipe) -> Resolution:
     Raises ValueError for a site or layer that the model lacks, naming what is there.
     """
     places = find_sites(model)
-    path, layers = decoder_layers(model)
+    stacks = decoder_stacks(model)
+    count = max(len(layers) for _, layers in stacks)
     chosen: dict[Place, ActivationSpec] = {}
     left_out: list[str] = []
     for edit in recipe.sites:
         for site in edit.site:
             if site != EVERYWHERE:
-                chosen.update(dict.fromkeys(select(site, edit, places, len(layers), model), edit.activation))
+                chosen.update(dict.fromkeys(select(site, edit, places, count, model), edit.activation))
                 continue
             for each, found in places.items():
                 if each in LAYER_SITES or edit.layers == "all":
-                    chosen.update(dict.fromkeys(within(found, edit, len(layers)), edit.activation))
+                    asked = within(found, edit, count)
+                    reached = [place for place in asked if place.op]
+                    left_out += [f"{each} in {place.path}" for place in asked if not place.op]
+                    chosen.update(dict.fromkeys(reached, edit.activation))
             left_out += [site for site in LAYER_SITES if site not in places]
+    for place, activation in chosen.items():
+        refuse_parameters(model, place, activation)
     edits = edits_of(chosen)
     if not edits:
         raise ValueError(f"recipe {recipe.name!r} changes nothing: every activation it names is the model's own")
@@ -49,7 +55,7 @@ def resolve(model: PreTrainedModel, recipe: Recipe) -> Resolution:
     for place in chosen:
         numbers.setdefault(place.site, set()).add(place.layer)
     return Resolution(
-        plan=grouped(edits, path),
+        plan=grouped(edits, [path for path, _ in stacks]),
         layers={site: len(found - {None}) for site, found in numbers.items()},
         left_out=sorted(set(left_out)),
     )
@@ -69,12 +75,29 @@ def select(site: str, edit: SiteEdit, places: dict[str, list[Place]], count: int
         raise ValueError(f"layer {min(absent)} has no site {site}; layers that have it: {there}")
     if not found:
         raise ValueError(f"no layer of {edit.layers!r} has site {site}")
+    if inline := [place.path for place in found if not place.op]:
+        raise ValueError(
+            f"{inline[0]} computes its activation inside its own code, so site {site} does not reach it"
+            + (f" (and {len(inline) - 1} more)" if len(inline) > 1 else "")
+        )
     return found
 
 
 def within(places: list[Place], edit: SiteEdit, count: int) -> list[Place]:
     numbers = set(select_layers(edit.layers, count))
     return [place for place in places if place.layer is None or place.layer in numbers]
+
+
+def refuse_parameters(model: PreTrainedModel, place: Place, activation: ActivationSpec) -> None:
+    """Raise ValueError for `original` inside a mixture where the original has weights: they would change their names."""
+    if not isinstance(activation, dict) or place.op != "activation":
+        return
+    members = activation.get("segments") or activation.get("mixture", {}).get("members", [])
+    if "original" in members and model.get_submodule(place.path).state_dict():
+        raise ValueError(
+            f"{place.path} has weights of its own, so 'original' cannot be a member of a mixture there; "
+            f"name the other activations, or leave the site as it is"
+        )
 
 
 def edits_of(chosen: dict[Place, ActivationSpec]) -> list[Edit]:
@@ -148,13 +171,14 @@ def neutral_member(members: list[Any], original: str) -> int | None:
     return None
 
 
-def grouped(edits: list[Edit], layers: str) -> Plan:
+def grouped(edits: list[Edit], stacks: list[str]) -> Plan:
     """Edits that differ in the layer number alone, as one with a list of layers."""
     groups: dict[str, Edit] = {}
     for edit in edits:
         number = edit.pop("layer")
         if number is not None:
-            edit["path"] = f"{layers}.{{}}" + edit["path"].removeprefix(f"{layers}.{number}")
+            stack = next(path for path in stacks if edit["path"].startswith(f"{path}.{number}"))
+            edit["path"] = f"{stack}.{{}}" + edit["path"].removeprefix(f"{stack}.{number}")
         key = json.dumps(edit, sort_keys=True)
         group = groups.setdefault(key, edit | ({"layers": []} if number is not None else {}))
         if number is not None:

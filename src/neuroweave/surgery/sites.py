@@ -7,41 +7,43 @@ names for their roles (q_proj, c_attn, gate_up_proj, fc2, ...).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
 from neuroweave.activations.formulas import FORMULAS
+from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture
+from neuroweave.activations.torch import Activation
 from neuroweave.surgery.recipe import LAYER_SITES, SITES
 
 # What the field calls the projections, by role. A fused one holds its parts one after the other in its output.
 ROLES = {
-    "attention.q": ("q_proj", "query", "q_lin", "wq", "q_b_proj", "query_proj", "to_q", "q_up_proj"),
-    "attention.k": ("k_proj", "key", "k_lin", "wk", "key_proj", "to_k"),
-    "attention.v": ("v_proj", "value", "v_lin", "wv", "value_proj", "to_v"),
-    "attention.o": ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attention_output", "to_out", "resid_proj"),
-    "mlp.gate": ("gate_proj", "w1", "gate", "wi_0", "linear_gate", "w_gate", "w_0"),
-    "mlp.up": (
-        *("up_proj", "w3", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "wi", "wi_1", "lin1", "linear_1", "linear_v"),
-        *("intermediate_dense", "dense_in", "w_in", "w_1", "fc", "key_proj", "up", "v1", "linear_fc1"),
-    ),
-    "mlp.down": (
-        *("down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "wo", "lin2", "linear_2", "down"),
-        *("output_dense", "dense_out", "w_out", "w_2", "proj", "output_linear", "linear_fc2"),
-    ),
+    "attention.q": ("q_proj", "query", "q_lin", "wq", "q_b_proj", "query_proj", "project_q", "Wq"),
+    "attention.k": ("k_proj", "key", "k_lin", "wk", "key_proj", "project_k", "Wk"),
+    "attention.v": ("v_proj", "value", "v_lin", "wv", "value_proj", "project_v", "Wv"),
+    "attention.o": ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attention_out", "o_b_proj", "Wo"),
+    "mlp.gate": ("gate_proj", "w1", "proj_up_gate", "wi_0", "linear_gate", "w_0"),
+    "mlp.up": ("up_proj", "w3", "proj_up", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "wi", "wi_1", "v1", "w_1", "lin1"),
+    "mlp.down": ("down_proj", "w2", "proj_down", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "Wo", "lin2")
+    + ("output_linear",),
 }
-FUSED_QKV = ("qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "att_proj", "in_proj_qkv")
+FUSED_QKV = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
 QKV_IN_ORDER = ("qkv_proj", "Wqkv", "c_attn")  # the whole of q, then k, then v; others interleave them by head
-FUSED_GATE_UP = ("gate_up_proj", "gate_and_up_proj", "input_linear", "gate_up", "Wi", "w12", "fc1_gate_up", "linear_in")
-NOT_AN_MLP = ("conv1d", "conv", "per_layer_input_gate", "A_log", "dt_bias", "time_mix_key", "x_proj")
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_func", "ffn_act_fn", "intermediate_act_fn")
+FUSED_GATE_UP = ("gate_up_proj", "input_linear", "Wi", "w12")
+# A block that holds one of these is a mixer, a router or a side path, whatever activation it has.
+NOT_AN_MLP = ("conv1d", "conv_1d", "conv", "per_layer_input_gate", "A_log", "ogate_preact", "e_score_correction_bias")
+NOT_IN_AN_MLP = ("norm", "attn", "attention")
+SIDE_PATHS = ("router", "vision", "visual", "image", "img", "audio", "speech", "indexer", "compressor")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_func", "gelu_impl")
 ACTIVATION_TYPES = tuple(
     {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     | {nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus, nn.Hardswish, nn.Mish, nn.LeakyReLU}
+    | {Activation, SegmentMixture, NeuronMixture}
 )
 
 
@@ -49,7 +51,8 @@ ACTIVATION_TYPES = tuple(
 class Place:
     """One thing at a site that an edit can change.
 
-    `op`: a kind of edit in `apply.py`, with `side` before or after for projections. `path`: the module. `layer`: the
+    `op`: a kind of edit in `apply.py`, with `side` before or after for projections; empty for an MLP that computes its
+    activation inside its own forward, where nothing can be put in its place. `path`: the module. `layer`: the
     decoder layer's number, None for embedding and head. `neurons`: width of what the activation sees, None if unknown.
     `original`: the activation that runs there now ("identity" where there is none, "" where it has no name here).
     `part`: (start, stop) in the last dimension of a fused projection's output. `shared`: a fused projection whose
@@ -72,32 +75,41 @@ def find_sites(model: PreTrainedModel) -> dict[str, list[Place]]:
 
     Raises ValueError when no decoder layers can be found.
     """
-    path, layers = decoder_layers(model)
-    places = [place for number, layer in enumerate(layers) for place in layer_places(model, layer, number, f"{path}.{number}")]
-    places += model_places(model, path)
+    stacks = decoder_stacks(model)
+    places = [
+        place
+        for path, layers in stacks
+        for number, layer in enumerate(layers)
+        for place in layer_places(model, layer, number, f"{path}.{number}")
+    ]
+    places += model_places(model, stacks)
     once: dict[tuple[Any, ...], Place] = {}
     for place in places:  # a block that several layers share is changed once
         parent, _, name = place.path.rpartition(".")
         once.setdefault((id(model.get_submodule(parent)), name, place.site, place.part), place)
-    found: dict[str, list[Place]] = {}
-    for site in SITES:
-        if chosen := [place for place in once.values() if place.site == site]:
-            found[site] = chosen
-    return found
+    found = {site: [place for place in once.values() if place.site == site] for site in SITES}
+    return {site: chosen for site, chosen in found.items() if any(place.op for place in chosen)}
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """(path of the list, its modules): the list of decoder layers with the most parameters in the text decoder."""
+def decoder_stacks(model: PreTrainedModel) -> list[tuple[str, list[nn.Module]]]:
+    """(path, layers) of the list of decoder layers with the most parameters, and of the other lists of the same blocks."""
     names = {id(module): name for name, module in model.named_modules()}
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    root = text_decoder(model)
-    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    lists = [module for module in lists if any(True for _ in module.parameters())]
-    exact = [module for module in lists if len(module) == count] or lists
-    if not exact:
+    lists = [
+        module
+        for module in text_decoder(model).modules()
+        if isinstance(module, nn.ModuleList)
+        and any(True for _ in module.parameters())
+        and not any(word in names[id(module)].lower() for word in SIDE_PATHS)
+    ]
+    lists = [module for module in lists if len(module) == count] or lists
+    if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers that could be found by structure")
-    best = max(exact, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
-    return names[id(best)], list(best)
+    best = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    kinds = {type(layer) for layer in best}
+    alike = [module for module in lists if module is best or {type(layer) for layer in module} == kinds]
+    outer = [module for module in alike if not any(module in set(other.modules()) - {other} for other in alike)]
+    return [(names[id(module)], list(module)) for module in outer]
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
@@ -110,77 +122,83 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 
 def layer_places(model: PreTrainedModel, layer: nn.Module, number: int, path: str) -> Iterator[Place]:
     for name, block in layer.named_modules():
-        where = f"{path}.{name}" if name else path
-        if "." in name and not is_leaf_block(name):
+        if any(word in name.lower() for word in SIDE_PATHS):
             continue
-        yield from mlp_places(block, where, number)
-        yield from attention_places(model, block, where, number)
-
-
-def is_leaf_block(name: str) -> bool:
-    """Skip vision towers, routers and the like deep inside a layer."""
-    return not any(word in name.lower() for word in ("router", "vision", "visual"))
+        where = f"{path}.{name}" if name else path
+        attention = list(attention_places(model, block, where, number))
+        yield from attention
+        if not attention and not any(word in name.lower() for word in NOT_IN_AN_MLP):
+            yield from mlp_places(model, block, where, number)
 
 
 # ------------------------------------------------------------------------------------------------------------- MLP
 
 
 def activation_attributes(block: nn.Module) -> list[tuple[str, Any]]:
-    """(name, activation) of what `block` itself holds as an activation: a child module, or a plain function."""
+    """(name, activation) of what `block` itself holds as an activation of one input: a child, or a plain function."""
     children = [
         (name, child)
         for name, child in block.named_children()
-        if isinstance(child, ACTIVATION_TYPES) or (name in ACTIVATION_NAMES and not any(True for _ in child.parameters()))
+        if isinstance(child, ACTIVATION_TYPES) or (name in ACTIVATION_NAMES and takes_one_input(child))
     ]
     functions = [(name, vars(block)[name]) for name in ACTIVATION_NAMES if callable(vars(block).get(name))]
     return children + functions
 
 
+def takes_one_input(module: nn.Module) -> bool:
+    inputs = inspect.signature(module.forward).parameters.values()
+    return sum(each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD for each in inputs) == 1
+
+
 def projections(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (inputs, outputs) of the linear layers and stacked expert matrices that `block` itself holds."""
+    """Name -> (inputs, outputs) of the linear layers and the expert matrices that `block` itself holds."""
     found = {}
     for name, child in block.named_children():
         if sizes := linear_sizes(child):
             found[name] = sizes
     for name, parameter in block.named_parameters(recurse=False):
-        if parameter.ndim == 3:
-            found[name] = (parameter.shape[2], parameter.shape[1])
+        if parameter.ndim == 3 or (parameter.ndim == 2 and any(name in known for known in ROLES.values())):
+            found[name] = (parameter.shape[-1], parameter.shape[-2])
     return found
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer of any class, Conv1D included, else None."""
+    """(inputs, outputs) of a linear layer of any class, Conv1D and stacks of them included, else None."""
     weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
+    if not isinstance(weight, Tensor) or weight.ndim not in (2, 3) or isinstance(module, nn.Embedding | nn.Conv1d):
         return None
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight transposed
         return weight.shape[0], weight.shape[1]
-    return weight.shape[1], weight.shape[0]
+    return weight.shape[-1], weight.shape[-2]
 
 
-def mlp_places(block: nn.Module, path: str, number: int) -> Iterator[Place]:
+def mlp_places(model: PreTrainedModel, block: nn.Module, path: str, number: int) -> Iterator[Place]:
     held = projections(block)
     if any(hasattr(block, name) for name in NOT_AN_MLP):
         return
-    activations = activation_attributes(block)
     roles = mlp_roles(held)
-    if not activations or not (roles or list_of_experts(block) or len(held) >= 2):
+    activations = activation_attributes(block)
+    widens = any(outputs > inputs for inputs, outputs in held.values())
+    if not activations and {"mlp.down", "mlp.up"} <= set(roles) | ({"mlp.up"} if set(held) & set(FUSED_GATE_UP) else set()):
+        yield Place("mlp", "", path, number, None, "")  # computes its activation inside its own forward
+    elif not activations or not (roles or widens):
         return
-    neurons = mlp_neurons(held, roles)
+    neurons = mlp_neurons(model, block, held, roles)
     for name, activation in activations:
         yield Place("mlp", "activation", f"{path}.{name}", number, neurons, activation_name(activation))
+    children = dict(block.named_children())
     for site, name in roles.items():
-        if name in dict(block.named_children()):
+        if name in children and name not in FUSED_GATE_UP:
             yield Place(site, "projection", f"{path}.{name}", number, held[name][1], "identity", "after")
-    for name in held:
-        if name in FUSED_GATE_UP and name in dict(block.named_children()):
+    for name in children:
+        if name in FUSED_GATE_UP and name in held:
             half = held[name][1] // 2
             for site, part in (("mlp.gate", (0, half)), ("mlp.up", (half, 2 * half))):
                 yield Place(site, "projection", f"{path}.{name}", number, half, "identity", "after", part)
 
 
 def mlp_roles(held: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """Site -> name of the projection in that role."""
+    """Site -> name of the projection in that role; nothing when there is neither an up nor a down projection."""
     roles = {}
     for site in ("mlp.gate", "mlp.up", "mlp.down"):
         name = next((name for name in ROLES[site] if name in held), None)
@@ -189,26 +207,19 @@ def mlp_roles(held: dict[str, tuple[int, int]]) -> dict[str, str]:
     return roles if "mlp.down" in roles or "mlp.up" in roles else {}
 
 
-def mlp_neurons(held: dict[str, tuple[int, int]], roles: dict[str, str]) -> int | None:
-    """How many neurons the activation sees: what the gate (or up) projection gives, half of a fused one."""
-    for name in held:
-        if name in FUSED_GATE_UP:
-            return fused_width(held[name], held.get(roles.get("mlp.down", "")))
+def mlp_neurons(
+    model: PreTrainedModel, block: nn.Module, held: dict[str, tuple[int, int]], roles: dict[str, str]
+) -> int | None:
+    """How many neurons the activation sees: the side of the down projection that is not the hidden size."""
+    hidden = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    if (down := roles.get("mlp.down")) is not None:
+        if getattr(getattr(block, down), "ndim", 0) == 2:
+            return None  # the matrices of all experts below each other: their number is not in the shape
+        inputs, outputs = held[down]
+        return outputs if inputs == hidden != outputs else inputs
     role = roles.get("mlp.gate") or roles.get("mlp.up")
-    return held[role][1] if role else None
-
-
-def fused_width(fused: tuple[int, int], down: tuple[int, int] | None) -> int:
-    """Neurons of a fused gate-up matrix, whichever way round a family stacks its experts."""
-    if down is not None:
-        for width in fused:
-            if width % 2 == 0 and width // 2 in down:
-                return width // 2
-    return fused[1] // 2
-
-
-def list_of_experts(block: nn.Module) -> bool:
-    return any(parameter.ndim == 3 for _, parameter in block.named_parameters(recurse=False))
+    widths = [held[role][1]] if role else [outputs for inputs, outputs in held.values() if outputs > inputs]
+    return widths[0] if len(widths) == 1 else None
 
 
 def activation_name(activation: Any) -> str:
@@ -274,9 +285,10 @@ def qkv_parts(model: PreTrainedModel, name: str, sizes: tuple[int, int]) -> dict
 # ------------------------------------------------------------------------------------------------ embedding and head
 
 
-def model_places(model: PreTrainedModel, layers: str) -> Iterator[Place]:
-    config = model.config.get_text_config(decoder=True)
-    yield Place("embedding", "layer_input", f"{layers}.0", None, getattr(config, "hidden_size", None), "identity")
+def model_places(model: PreTrainedModel, stacks: list[tuple[str, list[nn.Module]]]) -> Iterator[Place]:
+    hidden = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    if len(stacks) == 1:  # with several stacks, no one layer is where the embeddings go in
+        yield Place("embedding", "layer_input", f"{stacks[0][0]}.0", None, hidden, "identity")
     head = model.get_output_embeddings()
     if head is not None and (sizes := linear_sizes(head)):
         path = next(name for name, module in model.named_modules() if module is head)
