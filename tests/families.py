@@ -6,6 +6,7 @@ mixes, and the few keywords of `KEYWORDS` where that is not enough. Sizes differ
 of dimensions fails. Both lists follow the installed transformers: a family that it lacks is left out.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -25,7 +26,7 @@ def _each(value: Any, names: str) -> dict[str, Any]:
 
 
 SIZES: dict[str, Any] = {
-    **_each(HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size dim_model hidden_size_global"),
+    **_each(HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size hidden_size_global"),
     **_each(HIDDEN, "input_embedding_size output_embedding_size word_embed_proj_dim adapter_in_dim adapter_out_dim"),
     **_each(HIDDEN, "adapter_input_size out_hidden_size backbone_hidden_size nemo_conv_channels ext_pw_out_channel"),
     **_each(HIDDEN, "depthwise_separable_out_channel"),
@@ -39,7 +40,7 @@ SIZES: dict[str, Any] = {
     **_each(HEADS, "swa_num_attention_heads"),
     **_each(GROUPS, "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads"),
     **_each(GROUPS, "linear_num_value_heads linear_num_heads index_n_heads indexer_n_heads"),
-    **_each(HEAD, "head_dim d_head dim_head attention_head_size v_head_dim swa_head_dim swa_v_head_dim kv_channels"),
+    **_each(HEAD, "head_dim d_head dim_head attention_head_size v_head_dim swa_head_dim kv_channels"),
     **_each(HEAD, "qk_nope_head_dim qk_rope_head_dim rotary_dim index_head_dim indexer_head_dim linear_head_dim"),
     **_each(HEAD, "linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim hidden_size_per_layer_input"),
     **_each(8, "mamba_n_heads mamba_num_heads n_mamba_heads laurel_rank router_hidden_size"),
@@ -62,13 +63,14 @@ SIZES: dict[str, Any] = {
     **_each(2, "eos_token_id forced_eos_token_id"),
     **_each(0.2, "initializer_range init_std initializer_factor"),
     "embedding_multiplier": 3.0,
+    "hc_lowrank": 8,
     "mlp_only_layers": [0],
     **_each(True, "is_decoder causal"),
 }
 """Field name to value, for every configuration class that has the field."""
 
 _MIXED_ATTENTION = ["sliding_attention", "full_attention"]
-_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_ROPE_OF_FOUR = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 _BLT_PART = {"vocab_size": 260, "num_key_value_heads": HEADS}
 
 KEYWORDS: dict[str, dict[str, Any]] = {
@@ -77,7 +79,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": _MIXED_ATTENTION,
-        "rope_parameters": dict.fromkeys(_MIXED_ATTENTION, _PLAIN_ROPE),
+        "rope_parameters": dict.fromkeys(_MIXED_ATTENTION, _ROPE_OF_FOUR),
     },
     "flint": {"layer_types": _MIXED_ATTENTION},
     "gemma3n_text": {
@@ -194,21 +196,18 @@ DECODER_FAMILIES: tuple[str, ...] = tuple(name for name in MODEL_FOR_CAUSAL_LM_M
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The family's configuration, some 20 to 100 thousand parameters large, with two to four decoder layers."""
-    return _shrunk(_default(CONFIG_MAPPING[model_type]), model_type)
+    """The family's configuration: two to four decoder layers, mostly 13 to 90 thousand parameters."""
+    return _shrunk(_default(model_type), model_type)
 
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """The family's causal model in float32, eager attention, eval mode; equal seeds give equal weights."""
-    config = tiny_config(model_type)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    build = (
+        _model_class(model_type)._from_config if model_type in _UNKNOWN_TO_AUTO else AutoModelForCausalLM.from_config
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if model_type in _DECODER_OF_ITS_OWN_CONFIG:
-            model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-            model = model_class._from_config(config.decoder, **options)
-        else:
-            model = AutoModelForCausalLM.from_config(config, **options)
+        model = build(tiny_config(model_type), dtype=torch.float32, attn_implementation="eager")
         _wake(model)
     return model.eval()
 
@@ -216,23 +215,35 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
 def tiny_inputs(model_type: str, batch: int = 2, length: int = 7) -> dict[str, Any]:
     """Keywords for one forward pass: random ordinary tokens and whatever else the family cannot do without."""
     generator = torch.Generator().manual_seed(length)
-    if model_type.endswith("_assistant"):
+    if model_type in _DRAFTERS:
         return _drafter_inputs(batch, length, generator)
-    rows = batch * tiny_config(model_type).decoder.num_codebooks if model_type in _DECODER_OF_ITS_OWN_CONFIG else batch
+    rows = batch * getattr(tiny_config(model_type), "num_codebooks", 1) if model_type in _UNKNOWN_TO_AUTO else batch
     inputs = {"input_ids": torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (rows, length), generator=generator)}
-    # blt builds its cache from a length that its configuration lacks, rwkv's writes into it in place: no gradient.
-    return inputs | {"use_cache": False} if model_type in ("blt", "rwkv") else inputs
+    if model_type == "moshi":  # transformers 5.17 masks nothing, the future included, when it gets no mask
+        return inputs | {"attention_mask": torch.ones(rows, length, dtype=torch.long)}
+    if model_type in ("blt", "rwkv"):  # blt's configuration has no length for a cache, rwkv's cache breaks the gradient
+        return inputs | {"use_cache": False}
+    return inputs
 
 
-_DECODER_OF_ITS_OWN_CONFIG = ("musicgen", "musicgen_melody")
+_UNKNOWN_TO_AUTO = ("musicgen", "musicgen_melody")
+"""AutoModelForCausalLM knows the whole's configuration, but their causal models take only the decoder's."""
+
+_DRAFTERS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
 _KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "no_rope_layers")
 
 
-def _default(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    if config_class.model_type == "gemma4_assistant":  # the only class that refuses its own defaults
-        text = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-        return config_class(text_config=text)
-    return config_class()
+def _model_class(model_type: str) -> type[PreTrainedModel]:
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+
+
+def _default(model_type: str) -> PreTrainedConfig:
+    if model_type in _UNKNOWN_TO_AUTO:
+        return _model_class(model_type).config_class()
+    if model_type in _DRAFTERS:  # they refuse the defaults of their own text configuration
+        text = {"model_type": _DRAFTERS[model_type], "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+        return CONFIG_MAPPING[model_type](text_config=text)
+    return CONFIG_MAPPING[model_type]()
 
 
 def _shrunk(default: PreTrainedConfig, name: str) -> PreTrainedConfig:
@@ -252,7 +263,7 @@ def _shrunk(default: PreTrainedConfig, name: str) -> PreTrainedConfig:
         if isinstance(value, PreTrainedConfig):
             nested = f"{name}.{field}"
             keywords[field] = _shrunk(value, nested if nested in KEYWORDS else value.model_type or type(value).__name__)
-    return type(default)(**keywords | KEYWORDS.get(name, {}))
+    return type(default)(**copy.deepcopy(keywords | KEYWORDS.get(name, {})))  # a configuration may edit its lists
 
 
 def _is_noise(field: str, value: Any) -> bool:

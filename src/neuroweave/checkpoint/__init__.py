@@ -37,7 +37,7 @@ _ROOMS = {
     "staged_folder": "staging",
 }
 
-__all__ = sorted(_ROOMS)  # noqa: PLE0605
+__all__ = sorted(_ROOMS)
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,8 @@ def _assemble(parts: list[Path], target: Path, expected: str) -> Path:
                         out.write(block)
         if digest.hexdigest() != expected:
             raise ValueError(
-                f"{target.name}: the parts have SHA-256 {digest.hexdigest()}, expected {expected}; reinstall the packages"
+                f"{target.name}: the parts have SHA-256 {digest.hexdigest()}, expected {expected}; "
+                "reinstall the packages"
             )
         os.replace(temporary, target)
     finally:

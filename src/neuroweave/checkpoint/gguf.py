@@ -6,6 +6,7 @@ times; the parse here needs a fraction of one. Format: https://github.com/ggml-o
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import struct
@@ -64,7 +65,7 @@ class GGUFHeader:
 
     @property
     def stored_dtype(self) -> str:
-        """float32 when anything is quantized; else the narrowest float there is (norms are float32 even in half files)."""
+        """float32 when anything is quantized; else the narrowest float there is (norms of half files are float32)."""
         names = {PLAIN_TYPES.get(tensor.type, "quantized") for tensor in self.tensors}
         if "quantized" in names:
             return "float32"
@@ -198,7 +199,7 @@ class _Parser:
 
     def check_overlap(self, tensors: list[GGUFTensor]) -> None:
         ordered = sorted(tensors, key=lambda tensor: tensor.offset)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.offset + before.nbytes > after.offset:
                 self.fail(f"tensors {before.name!r} and {after.name!r} overlap")
 
@@ -219,9 +220,7 @@ def write_stand_in(header: GGUFHeader, path: Path) -> None:
     The data section is a hole of the right length, so that readers which map the tensors accept the file.
     """
     kept = [
-        key
-        for key in header.metadata
-        if not (key.startswith("tokenizer.") and isinstance(header.metadata[key], list))
+        key for key in header.metadata if not (key.startswith("tokenizer.") and isinstance(header.metadata[key], list))
     ]
     with header.path.open("rb") as source, path.open("wb") as out:
 

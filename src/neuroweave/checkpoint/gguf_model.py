@@ -51,7 +51,7 @@ class GGUFModel:
         expected = self._model.state_dict()
         with open_tensors(self.header) as data:
             for names in self._groups.values():
-                found = self._convert(((name, data.read(name)) for name in names))
+                found = self._convert((name, data.read(name)) for name in names)
                 for name, tensor in found.items():
                     if name in expected and tensor.shape != expected[name].shape:
                         raise ValueError(
@@ -188,8 +188,10 @@ def _empty_model(config: PreTrainedConfig, header: GGUFHeader) -> PreTrainedMode
     )
 
     kind = config.model_type
-    named = (config.architectures or [None])[0]
-    class_name = named or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    named = config.architectures[0] if config.architectures else None
+    class_name = (
+        named or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    )
     if class_name is None or not hasattr(transformers, class_name):
         raise ValueError(f"{header.path}: transformers has no language model for model type {kind!r}")
     config.architectures = [class_name]

@@ -45,12 +45,12 @@ _GPT4O = _CASED % ((r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",) * 2) + r"\p{N}{1,3}" + _C
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 _SPLITS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum", "modern-bert", "trillion",
@@ -156,7 +156,7 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
         else "".join(spelling[byte] for byte in token.encode()): index
         for index, token in enumerate(metadata["tokenizer.ggml.tokens"])
     }
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    merges: Any = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
     splits = PRE_TOKENIZERS[pre]
     cutters: list[Any]
@@ -180,7 +180,8 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     merges = _merges(metadata, vocabulary, metadata.get("tokenizer.ggml.scores"))
-    backend = LlamaTokenizer(vocab=vocabulary, merges=merges, add_prefix_space=prefix, **_named(metadata))._tokenizer
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, add_prefix_space=prefix, **_named(metadata))
+    backend: Any = tokenizer.backend_tokenizer
     if metadata["general.architecture"] == "phi3":  # its prefix space comes from a normalizer
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
@@ -192,12 +193,13 @@ def _gemma(metadata: dict[str, Any], *, scored: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens = [
-        "▁" * len(token) if " " in token and not token.strip() else token
-        for token in metadata["tokenizer.ggml.tokens"]
+        "▁" * len(token) if " " in token and not token.strip() else token for token in metadata["tokenizer.ggml.tokens"]
     ]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if scored or metadata.get("tokenizer.ggml.merges"):
-        merges = _merges(metadata | {"tokenizer.ggml.tokens": tokens}, vocabulary, metadata.get("tokenizer.ggml.scores"))
+        merges = _merges(
+            metadata | {"tokenizer.ggml.tokens": tokens}, vocabulary, metadata.get("tokenizer.ggml.scores")
+        )
     else:
         merges = [
             (token[:cut], token[cut:])
@@ -222,7 +224,8 @@ def _unigram(metadata: dict[str, Any]) -> Tokenizer:
     blanks = [index for index, token in enumerate(tokens) if token.startswith("[PAD") and token.endswith("]")]
     for offset, index in enumerate(blanks[:100]):  # the file's name for T5's <extra_id_99> to <extra_id_0>
         tokens[index] = f"<extra_id_{99 - offset}>"
-    return T5Tokenizer(vocab=list(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)))._tokenizer
+    tokenizer: Any = T5Tokenizer(vocab=list(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)))
+    return tokenizer.backend_tokenizer
 
 
 def _named(metadata: dict[str, Any]) -> dict[str, str]:
@@ -231,9 +234,7 @@ def _named(metadata: dict[str, Any]) -> dict[str, str]:
     return {name: tokens[metadata[key]] for name in names if _is_token(metadata, key := _SPECIAL_TOKENS[name])}
 
 
-def _merges(
-    metadata: dict[str, Any], vocabulary: dict[str, int], ranks: list[float] | None
-) -> list[tuple[str, ...]]:
+def _merges(metadata: dict[str, Any], vocabulary: dict[str, int], ranks: list[float] | None) -> Any:
     """The file's merges, or those that its vocabulary implies, best rank first."""
     from transformers.tokenization_utils_base import generate_merges
 
@@ -265,15 +266,15 @@ def _add_marked_tokens(backend: Tokenizer, metadata: dict[str, Any]) -> None:
 
 
 def _set_template(backend: Tokenizer, metadata: dict[str, Any], special: dict[str, str]) -> None:
-    """Let encoding add bos and eos where the file says so (llama.cpp adds bos to a sentencepiece vocabulary by default)."""
+    """Let encoding add bos and eos where the file says so; without a word, a sentencepiece vocabulary gets its bos."""
     from tokenizers import processors
 
     kind = metadata.get("tokenizer.ggml.model")
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and kind != "gemma4"
     bos = special.get("bos_token") if add_bos else None
     eos = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", kind == "t5") else None
-    if not (bos or eos):
-        return
+    if not (bos or eos) and kind == "gpt2":
+        return  # its post-processor is already the right one
     single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
     pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
     template = processors.TemplateProcessing(

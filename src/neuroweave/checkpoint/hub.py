@@ -6,7 +6,18 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_ALLOWED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
+_ALLOWED = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+    "*.py",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+]
 _WITHOUT_SAFETENSORS = [*_ALLOWED, "*.bin"]
 _IGNORED = ["*/*", "consolidated*"]  # other formats and copies of the weights live in subfolders
 
@@ -39,13 +50,9 @@ def download(repository: str) -> Path:
     import huggingface_hub
 
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(repository, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED)
-        )
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
         if not any(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(
-                repository, allow_patterns=_WITHOUT_SAFETENSORS, ignore_patterns=_IGNORED
-            )
+            huggingface_hub.snapshot_download(repository, allow_patterns=_WITHOUT_SAFETENSORS, ignore_patterns=_IGNORED)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{repository}: no such folder, and the hub could not give it ({reason[:200]})") from error

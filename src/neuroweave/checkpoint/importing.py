@@ -87,7 +87,13 @@ def _locate(source: str) -> Path:
 
 
 def _import_gguf(
-    source: str, path: Path, out: Path, dtype: str, max_shard_size: int | str, overwrite: bool, progress: Progress | None
+    source: str,
+    path: Path,
+    out: Path,
+    dtype: str,
+    max_shard_size: int | str,
+    overwrite: bool,
+    progress: Progress | None,
 ) -> ImportResult:
     header = read_gguf_header(path)
     if dtype == "auto":
@@ -117,7 +123,13 @@ def _import_gguf(
 
 
 def _import_folder(
-    source: str, path: Path, out: Path, dtype: str, max_shard_size: int | str, overwrite: bool, progress: Progress | None
+    source: str,
+    path: Path,
+    out: Path,
+    dtype: str,
+    max_shard_size: int | str,
+    overwrite: bool,
+    progress: Progress | None,
 ) -> ImportResult:
     config = read_config(path)
     if dtype != "auto" and _quantization(config):
@@ -162,7 +174,7 @@ def _write_configs(folder: Path, model: GGUFModel, header: GGUFHeader, dtype: st
 
 
 def shorten_floats(value: Any) -> Any:
-    """Replace floats that are exactly a float32 by the shortest decimal of that float32: 9.999999747378752e-06 is 1e-05."""
+    """Floats that are exactly a float32 as the shortest decimal of that float32: 9.999999747378752e-06 is 1e-05."""
     import numpy as np
 
     if isinstance(value, dict):
@@ -185,16 +197,16 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _with_dtype_below(value: Any, dtype: str, key: str = "") -> Any:
     if isinstance(value, dict):
         return {
-            name: dtype if name in ("dtype", "torch_dtype") and isinstance(item, str) else _with_dtype_below(item, dtype)
+            name: dtype
+            if name in ("dtype", "torch_dtype") and isinstance(item, str)
+            else _with_dtype_below(item, dtype)
             for name, item in value.items()
         }
     return value
 
 
 def _quantization(config: dict[str, Any]) -> bool:
-    return any(
-        "quantization_config" in part for part in (config, *(v for v in config.values() if isinstance(v, dict)))
-    )
+    return any("quantization_config" in part for part in (config, *(v for v in config.values() if isinstance(v, dict))))
 
 
 def _settle(folder: Path) -> None:

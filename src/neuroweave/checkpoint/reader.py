@@ -98,7 +98,9 @@ class Checkpoint(Mapping[str, StoredTensor]):
                     self.orphans.append(stored)
         for name, file in (weight_map or {}).items():
             if name not in tensors:
-                raise ValueError(f"{self.folder / INDEX_FILE}: {name!r} is said to be in {file}, which does not hold it")
+                raise ValueError(
+                    f"{self.folder / INDEX_FILE}: {name!r} is said to be in {file}, which does not hold it"
+                )
         return tensors
 
     # The mapping

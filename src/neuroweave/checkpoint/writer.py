@@ -130,7 +130,9 @@ class ShardWriter:
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
         if begin < 0 or begin + view.nbytes > spec.nbytes or self._written[name] + view.nbytes > spec.nbytes:
-            raise ValueError(f"{name}: {view.nbytes} bytes at {begin} are too many, or came twice ({spec.nbytes} in all)")
+            raise ValueError(
+                f"{name}: {view.nbytes} bytes at {begin} are too many, or came twice ({spec.nbytes} in all)"
+            )
         file = self._file_of[name]
         header = self._headers[file]
         self._write(file, view, header.data_start + header.tensors[name].begin + begin)

@@ -149,7 +149,7 @@ def describe_difference(
 ) -> Difference:
     """Of the `number`-th other model. Differences are taken per unit before the draws: that is what pairs them."""
     counts, tally, pair = tallies.counts, tallies.others[number], tallies.pairs[number]
-    likelihood = tally.negative_log_likelihood - tallies.base.negative_log_likelihood
+    likelihood = subtract(tally.negative_log_likelihood, tallies.base.negative_log_likelihood)
     ours, theirs = speeds
     return Difference(
         perplexity_ratio=bootstrap.estimate(likelihood, counts, exponential=True),
@@ -170,6 +170,12 @@ def describe_difference(
         decode_ratio=speed_ratio(ours.decode, theirs.decode) if ours and theirs else None,
         changed_settings=changed_settings(base, other),
     )
+
+
+def subtract(other: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """other - base, where infinity (a token came that both models rule out) minus itself is 0."""
+    with np.errstate(invalid="ignore"):
+        return np.where(other == base, 0.0, other - base)
 
 
 def position_bins(pair: PairTally, counts_at: np.ndarray) -> list[PositionBin]:

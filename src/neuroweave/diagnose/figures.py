@@ -110,8 +110,10 @@ def legend(comparison: Comparison, *, base: bool = True) -> list[tuple[int, str]
 
 
 def plain(value: float, _: object = None) -> str:
-    """A tick label without powers of ten in superscript."""
-    return f"{value:,.12g}" if abs(value) < 1e6 else f"{value:.0e}"
+    """A tick label without powers of ten in superscript: 0.01, 1,000, 1e-6."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    return f"{value:,.12g}"
 
 
 def log_ticks(axis: Any) -> None:

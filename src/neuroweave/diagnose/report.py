@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def render_report(comparison: Comparison) -> str:
         lstrip_blocks=True,
     )
     environment.filters["yaml"] = as_yaml
+    environment.filters["visible"] = visible
     environment.filters["number"] = verdict.number
     return environment.get_template(TEMPLATE).render(
         comparison=comparison,
@@ -56,3 +58,8 @@ def render_report(comparison: Comparison) -> str:
 
 def as_yaml(value: Any) -> str:
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True)).strip()
+
+
+def visible(text: str) -> str:
+    """Generated text with its line ends marked; a long run of them, as broken models write, is only counted."""
+    return re.sub(r"\n+", lambda run: "↵" * len(run[0]) + "\n" if len(run[0]) < 4 else f"↵ ({len(run[0])} times)\n", text)

@@ -34,14 +34,16 @@ def reading(estimate: Estimate, reference: float, *, above: str = "higher", belo
 
 
 def number(value: float) -> str:
-    """Three or four significant digits, without an exponent where it can be read without one."""
+    """Four significant digits or decimals; an exponent only for what is very large or very small."""
     size = abs(value)
     if size == 0:
         return "0"
-    if size >= 1e6 or size < 1e-4:
+    if size >= 1e9 or size < 1e-4:
         return f"{value:.3g}"
-    decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 1 else 4
-    return f"{value:,.{decimals}f}"
+    if size >= 1000:
+        return f"{float(f'{value:.4g}'):,.0f}"
+    decimals = 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 1 else 4
+    return f"{value:.{decimals}f}"
 
 
 def interval(estimate: Estimate) -> str:
@@ -181,9 +183,11 @@ def describe_departure(difference: Difference) -> str | None:
     layer = max(range(len(losses)), key=losses.__getitem__)
     if losses[layer] < 0.001:
         return None
+    last = layer == len(losses) - 1
+    where = "the last layer and the final norm" if last else f"layer {layer} of 0 to {len(losses) - 1}"
     return (
-        f"The signal departs most in layer {layer} of 0 to {len(losses) - 1}: cosine similarity of hidden states "
-        f"{number(values[layer])} before and {number(values[layer + 1])} after it."
+        f"The signal departs most in {where}: cosine similarity of hidden states {number(values[layer])} before and "
+        f"{number(values[layer + 1])} after."
     )
 
 

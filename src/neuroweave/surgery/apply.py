@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from neuroweave.activations.torch import Activation
 
 Edit = dict[str, Any]
 Plan = list[Edit]
-Undo = Callable[[], None]
+Undo = Callable[[], None]  # objects, not closures: a copied or pickled model takes its own along
 
 
 class CalledActivation(nn.Module):
@@ -100,8 +101,16 @@ def with_input_activation(layer_class: type[nn.Module]) -> type[nn.Module]:
             raise TypeError(f"{layer_class.__name__} was called without hidden states; got {sorted(kwargs)}")
         return layer_class.forward(self, *args, **kwargs)
 
-    names = {"forward": forward, "__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
+    def reduce(self: Any, _: Any) -> tuple[Any, ...]:  # the class is made here, so pickle cannot find it by its name
+        return blank_layer, (layer_class,), vars(self)
+
+    names = {"forward": forward, "__reduce_ex__": reduce}
+    names |= {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
     return type(layer_class.__name__, (layer_class,), names)
+
+
+def blank_layer(layer_class: type[nn.Module]) -> nn.Module:
+    return object.__new__(with_input_activation(layer_class))
 
 
 def apply_plan(model: nn.Module, plan: Plan, prefix: str = "") -> list[Undo]:
@@ -143,20 +152,43 @@ def locate(model: nn.Module, path: str) -> tuple[nn.Module, str, Any]:
         ) from error
 
 
+@dataclass
+class Replacement:
+    """A child module was set; calling this puts back what was there, a plain function included."""
+
+    parent: nn.Module
+    name: str
+    old: Any
+    order: list[str]
+
+    def __call__(self) -> None:
+        delattr(self.parent, self.name)
+        if isinstance(self.old, nn.Module):
+            self.old.train(self.parent.training)
+        setattr(self.parent, self.name, self.old)
+        children = self.parent._modules
+        for child in self.order:  # children keep their order: it decides the order of parameters
+            if child in children:
+                children[child] = children.pop(child)
+
+
 def replace(parent: nn.Module, name: str, new: nn.Module) -> Undo:
-    """Set a child module; the undo puts back what was there, a plain function included."""
-    old = getattr(parent, name)
-    order = list(parent._modules)
+    """Set a child module; returns what undoes it."""
+    undo = Replacement(parent, name, getattr(parent, name), list(parent._modules))
     setattr(parent, name, new)
-
-    def undo() -> None:
-        delattr(parent, name)
-        setattr(parent, name, old.train(parent.training) if isinstance(old, nn.Module) else old)
-        for child in order:  # children keep their order: it decides the order of parameters
-            if child in parent._modules:
-                parent._modules[child] = parent._modules.pop(child)
-
     return undo
+
+
+@dataclass
+class LayerInput:
+    """A layer was given an input activation; calling this takes it away."""
+
+    layer: nn.Module
+    old_class: type[nn.Module]
+
+    def __call__(self) -> None:
+        self.layer.__class__ = self.old_class
+        del self.layer.input_activation
 
 
 def edit_activation(model: nn.Module, path: str, edit: Edit) -> Undo:
@@ -188,12 +220,7 @@ def edit_layer_input(model: nn.Module, path: str, edit: Edit) -> Undo:
     old_class = type(layer)
     layer.input_activation = new.train(layer.training)
     layer.__class__ = with_input_activation(old_class)
-
-    def undo() -> None:
-        layer.__class__ = old_class
-        del layer.input_activation
-
-    return undo
+    return LayerInput(layer, old_class)
 
 
 EDITS: dict[str, Callable[[nn.Module, str, Edit], Undo]] = {

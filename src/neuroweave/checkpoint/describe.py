@@ -1,0 +1,154 @@
+"""What a checkpoint is, from its headers and its config.json alone: layers, MLPs, activations, attention, recipe."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neuroweave.checkpoint.header import DTYPE_NAMES
+from neuroweave.checkpoint.layers import MLP, attention_kind, find_embedding, find_mlps, find_stacks, has_head
+from neuroweave.checkpoint.reader import Checkpoint
+
+_ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation", "ffn_act", "ffn_act_fn")
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
+RECIPE_KEY = "neuroweave"
+
+
+def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON-ready description of a checkpoint folder, from headers and config.json, without torch or transformers.
+
+    Sizes come from the tensors' shapes, never from the configuration. For a patched checkpoint `model_type` and
+    `base_activation` are the base model's, `recipe` what was applied, and each layer's `activation` the one after it.
+    Raises ValueError for a folder that is no checkpoint.
+    """
+    with Checkpoint(folder, allow_orphans=True) as checkpoint:
+        stored = checkpoint.config()
+        config, recipe = base_config(stored)
+        text = text_config(config)
+        tensors = list(checkpoint.values())
+        embedding, stacks = find_embedding(tensors), find_stacks(tensors)
+        hidden = embedding.shape[-1] if embedding else 0
+        activation = activation_name(text) or activation_name(config)
+        layers = []
+        for number, layer in sorted(stacks[0].layers.items()) if stacks else ():
+            mlps = find_mlps(layer, hidden)
+            layers.append(
+                {
+                    "layer": number,
+                    "mlp": [_mlp(mlp) for mlp in mlps],
+                    "activation": activation_after(recipe, number, activation) if mlps else None,
+                    "attention": attention_kind(number, layer, text),
+                    "parameters": sum(tensor.parameters for tensor in layer.values()),
+                }
+            )
+        dtypes: dict[str, int] = {}
+        for tensor in tensors:
+            name = DTYPE_NAMES.get(tensor.dtype, tensor.dtype)
+            dtypes[name] = dtypes.get(name, 0) + tensor.parameters
+        return {
+            "model": str(Path(folder)),
+            "model_type": config.get("model_type"),
+            "architectures": config.get("architectures"),
+            "parameters": checkpoint.parameters,
+            "bytes": checkpoint.nbytes,
+            "dtypes": dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+            "tensors": len(tensors),
+            "shards": {
+                name: {"tensors": len(header.tensors), "bytes": header.data_bytes}
+                for name, header in checkpoint.shards.items()
+            },
+            "orphans": [tensor.name for tensor in checkpoint.orphans],
+            "hidden": hidden or None,
+            "vocabulary": embedding.shape[0] if embedding else None,
+            "tied_head": not has_head(tensors),
+            "base_activation": activation,
+            "recipe": recipe,
+            "stack": stacks[0].prefix if stacks else None,
+            "layers": layers,
+            "other_stacks": {
+                stack.prefix: {"layers": len(stack.layers), "parameters": stack.parameters} for stack in stacks[1:]
+            },
+        }
+
+
+def base_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The configuration before a recipe was applied, and the recipe (None for an unpatched checkpoint)."""
+    restored = copy.deepcopy(dict(config))
+    note = restored.pop(RECIPE_KEY, None)
+    if not isinstance(note, dict):
+        return restored, None
+    base = note.get("base") if isinstance(note.get("base"), dict) else {}
+    assert isinstance(base, dict)
+    for key in ("model_type", "architectures"):
+        if key in base:
+            restored[key] = base[key]
+    for path, value in (base.get("fields") or {}).items():
+        *parents, last = str(path).split(".")
+        place: Any = restored
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"config.json: {RECIPE_KEY}.base.fields names {path!r}, but {parent!r} is no object")
+        place[last] = value
+    recipe = note.get("recipe")
+    return restored, recipe if isinstance(recipe, dict) else {}
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that describes the text decoder: the whole, or its `text_config`."""
+    for key in _TEXT_PARTS:
+        part = config.get(key)
+        if isinstance(part, dict) and part:
+            return part
+    return dict(config)
+
+
+def activation_name(config: Mapping[str, Any]) -> str | None:
+    """The activation that a configuration states, or None: some families have it only in their code."""
+    for key in _ACTIVATION_KEYS:
+        if isinstance(config.get(key), str):
+            return config[key]
+    feed_forward = config.get("ffn_config")
+    if isinstance(feed_forward, dict) and isinstance(feed_forward.get("ffn_act_fn"), dict):
+        return feed_forward["ffn_act_fn"].get("name")
+    return None
+
+
+def activation_after(recipe: Mapping[str, Any] | None, layer: int, base: str | None) -> Any:
+    """The MLP activation of a layer after a recipe: the last site that names it, else the base model's."""
+    result: Any = base
+    for site in (recipe or {}).get("sites") or ():
+        if isinstance(site, dict) and site.get("site") == "mlp":
+            layers = site.get("layers", "all")
+            if layers == "all" or (isinstance(layers, list) and layer in layers):
+                result = site.get("activation")
+    return result
+
+
+def activation_text(activation: Any) -> str:
+    """An activation in a table's cell."""
+    if activation is None:
+        return "?"
+    return activation if isinstance(activation, str) else json.dumps(activation, ensure_ascii=False)
+
+
+def layer_groups(layers: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Equal consecutive layers together: (`0-29`, MLP, activation, attention), for people."""
+    groups: list[list[Any]] = []
+    for layer in layers:
+        mlp = " + ".join(str(MLP(**part)) for part in layer["mlp"]) or "no MLP"
+        activation = activation_text(layer["activation"]) if layer["mlp"] else ""
+        row = (mlp, activation, layer["attention"])
+        if groups and groups[-1][2] == row and groups[-1][1] == layer["layer"] - 1:
+            groups[-1][1] = layer["layer"]
+        else:
+            groups.append([layer["layer"], layer["layer"], row])
+    return [(str(first) if first == last else f"{first}-{last}", *row) for first, last, row in groups]
+
+
+def _mlp(mlp: MLP) -> dict[str, Any]:
+    return {"kind": mlp.kind, "hidden": mlp.hidden, "intermediate": mlp.intermediate, "experts": mlp.experts}

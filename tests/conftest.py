@@ -1,0 +1,66 @@
+"""Two real models for every test: imported once per run, shared by the workers of pytest-xdist, removed at the end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from neuroweave.checkpoint import embedded_gguf, import_checkpoint
+
+_MODELS = "models"
+
+
+def _models_folder(factory: pytest.TempPathFactory, worker: str) -> Path:
+    base = factory.getbasetemp()
+    folder = (base if worker == "master" else base.parent) / _MODELS
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _worker(request: pytest.FixtureRequest) -> str:
+    return getattr(request.config, "workerinput", {}).get("workerid", "master")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1)."""
+    return embedded_gguf("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file of Gemma 3 270M (Q4_K_M), joined from its parts."""
+    folder = _models_folder(tmp_path_factory, _worker(request))
+    with FileLock(folder / "gemma3-gguf.lock"):
+        return embedded_gguf("gemma3", cache=folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint folder, float32. Do not write into it."""
+    return _imported(_models_folder(tmp_path_factory, _worker(request)) / "smollm2", smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def gemma3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gemma3_gguf: Path) -> Path:
+    """Gemma 3 270M as a checkpoint folder of two shards, float32. Do not write into it."""
+    return _imported(
+        _models_folder(tmp_path_factory, _worker(request)) / "gemma3", gemma3_gguf, max_shard_size="700MB"
+    )
+
+
+def _imported(folder: Path, gguf: Path, max_shard_size: str = "2GB") -> Path:
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            import_checkpoint(gguf, folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The process that started the run removes the 1.9 GB of models; the workers leave them to each other."""
+    factory = getattr(session.config, "_tmp_path_factory", None)
+    if factory is not None and not hasattr(session.config, "workerinput"):
+        shutil.rmtree(factory.getbasetemp() / _MODELS, ignore_errors=True)

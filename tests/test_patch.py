@@ -1,0 +1,277 @@
+"""Patching a model in memory: identity, undo, every kind of site, and what is refused."""
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from neuroweave import patch, unpatch
+from neuroweave.activations.torch import Activation
+from neuroweave.surgery.modeling import PatchedModel
+from neuroweave.surgery.recipe import SITES, shipped_recipes
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import prove_families
+
+OWN = {"llama": "silu", "gemma3_text": "gelu_tanh", "falcon": "gelu", "opt": "relu", "nemotron": "relu2", "gpt2": "original|original"}
+
+
+def logits(model, family="llama", **inputs):
+    with torch.no_grad():
+        return model(**(families.tiny_inputs(family) | inputs)).logits
+
+
+def recipe(site, activation, **fields):
+    return {"sites": [{"site": site, "activation": activation} | fields]}
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_the_models_own_activation_is_bit_equal_and_undo_restores(family):
+    model = families.tiny_model(family)
+    before, names = logits(model, family), [name for name, _ in model.named_parameters()]
+    with patch(model, recipe("mlp", OWN[family])) as patched:
+        assert patched is model
+        assert isinstance(model, PatchedModel)
+        assert torch.equal(logits(model, family), before)
+    with patch(model, recipe("mlp", "phantom")):
+        assert not torch.equal(logits(model, family), before)
+    assert torch.equal(logits(model, family), before)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert type(model) is type(families.tiny_model(family))
+    assert type(model.config) is type(families.tiny_model(family).config)
+    assert not hasattr(model.config, "neuroweave")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_round_trips(name, tmp_path):
+    model = families.tiny_model("llama")
+    before = logits(model)
+    handle = patch(model, name)
+    after = logits(model)
+    model.save_pretrained(tmp_path / "once")
+    once = AutoModelForCausalLM.from_pretrained(tmp_path / "once", attn_implementation="eager").eval()
+    assert torch.equal(logits(once), after)
+    once.save_pretrained(tmp_path / "twice")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", attn_implementation="eager").eval()
+    assert torch.equal(logits(twice), after)
+    assert torch.equal(logits(copy.deepcopy(once)), after)
+    unpatch(once)
+    assert torch.equal(logits(once), before)
+    handle.undo()
+    handle.undo()  # a second time does nothing
+    assert torch.equal(logits(model), before)
+
+
+def test_mlp_equals_the_formula_by_hand():
+    model = families.tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    x = torch.randn(2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    gate = mlp.gate_proj(x)
+    with patch(model, recipe("mlp", "relu|silu", layers=[1])):
+        half = gate.shape[-1] // 2
+        act = torch.cat([gate[..., :half].relu(), torch.nn.functional.silu(gate[..., half:])], dim=-1)
+        assert torch.allclose(mlp(x), mlp.down_proj(act * mlp.up_proj(x)), atol=1e-6)
+        assert isinstance(model.model.layers[0].mlp.act_fn, type(families.tiny_model("llama").model.layers[0].mlp.act_fn))
+
+
+def test_embedding_and_head_act_where_they_say():
+    model = families.tiny_model("gemma3_text")  # scales its embeddings inside the embedding class
+    inputs = families.tiny_inputs("gemma3_text")
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    seen = {}
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda _, args: seen.update(layer=args[0]))
+    with patch(model, recipe(["embedding", "head"], "silu_tanh")), torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+        expected = Activation("silu_tanh")(embedded)
+        assert torch.allclose(seen["layer"], expected, atol=1e-6)
+        final = Activation("silu_tanh")(output.hidden_states[-1])
+        assert torch.allclose(output.logits, torch.nn.functional.linear(final, model.lm_head.weight), atol=1e-5)
+        assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize(("family", "projection"), [("llama", "q_proj"), ("llama", "o_proj"), ("llama", "up_proj")])
+def test_projection_output_is_activated(family, projection):
+    model = families.tiny_model(family)
+    layer = model.model.layers[0]
+    parent = layer.mlp if projection == "up_proj" else layer.self_attn
+    linear = getattr(parent, projection)
+    x = torch.randn(2, linear.in_features, generator=torch.Generator().manual_seed(0))
+    site = {"q_proj": "attention.q", "o_proj": "attention.o", "up_proj": "mlp.up"}[projection]
+    with patch(model, recipe(site, "tanh", layers=[0])):
+        wrapped = getattr(parent, projection)
+        assert torch.allclose(wrapped(x), linear(x).tanh(), atol=1e-6)
+        assert wrapped.weight is linear.weight
+        assert not isinstance(wrapped, torch.nn.Linear)  # what replaces linear layers by class must not take it for one
+        assert wrapped.in_features == linear.in_features
+    assert getattr(parent, projection) is linear
+
+
+def test_parts_of_fused_projections():
+    model = families.tiny_model("phi3")
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    x = torch.randn(2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    qkv, gate_up = attention.qkv_proj(x), mlp.gate_up_proj(x)
+    queries = model.config.num_attention_heads * attention.head_dim
+    keys = model.config.num_key_value_heads * attention.head_dim
+    with patch(model, recipe(["attention.k", "mlp.up"], "tanh")):
+        expected = qkv.clone()
+        expected[..., queries : queries + keys] = qkv[..., queries : queries + keys].tanh()
+        assert torch.allclose(attention.qkv_proj(x), expected, atol=1e-6)
+        width = gate_up.shape[-1] // 2
+        assert torch.allclose(mlp.gate_up_proj(x), torch.cat([gate_up[..., :width], gate_up[..., width:].tanh()], -1), atol=1e-6)
+
+
+def test_interleaved_query_key_value_is_all_or_none():
+    model = families.tiny_model("gpt_neox")
+    before = logits(model, "gpt_neox")
+    with pytest.raises(ValueError, match="interleaved by head: give attention.q, attention.k and attention.v one elementwise"):
+        patch(model, recipe("attention.q", "tanh"))
+    assert torch.equal(logits(model, "gpt_neox"), before)
+    patch(model, recipe(["attention.q", "attention.k", "attention.v"], "tanh"))
+    assert not torch.equal(logits(model, "gpt_neox"), before)
+
+
+def test_a_later_edit_replaces_an_earlier_one():
+    model = families.tiny_model("llama")
+    both = {"sites": [{"site": "mlp", "activation": "relu"}, {"site": "mlp", "activation": "tanh", "layers": [1]}]}
+    patch(model, both)
+    assert [layer.mlp.act_fn.name for layer in model.model.layers][:2] == ["relu", "tanh"]
+
+
+def test_the_learned_mixture_starts_as_the_original_and_trains():
+    model = families.tiny_model("llama")
+    before = logits(model)
+    patch(model, "learned-mixture")
+    probabilities = logits(model).log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(probabilities, before.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert divergence < 1e-3
+    model(**families.tiny_inputs("llama")).logits.square().mean().backward()
+    gates = {name: parameter for name, parameter in model.named_parameters() if "gating_logits" in name}
+    assert len(gates) == model.config.num_hidden_layers
+    assert all(parameter.grad.abs().max() > 0 for parameter in gates.values())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_with_each_cache_equals_no_cache(cache):
+    model = families.tiny_model("llama")
+    patch(model, "phantom-everywhere")
+    tokens = families.tiny_inputs("llama")["input_ids"][:1]
+    settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(tokens), "eos_token_id": None}
+    settings["pad_token_id"] = 0
+    plain = model.generate(tokens, use_cache=False, **settings)
+    cached = model.generate(tokens, cache_implementation=None if cache == "dynamic" else "static", disable_compile=True, **settings)
+    assert torch.equal(plain, cached)
+
+
+def test_full_graph_compile_of_every_kind_of_edit():
+    model = families.tiny_model("llama")
+    patch(model, "silu-tanh-everywhere")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(**families.tiny_inputs("llama")).logits, logits(model), atol=1e-5)
+
+
+def test_resizing_the_vocabulary_keeps_the_head_activation():
+    model = families.tiny_model("llama")
+    patch(model, recipe("head", "relu"))
+    before = logits(model)
+    model.resize_token_embeddings(model.config.vocab_size + 5)
+    after = logits(model)
+    assert after.shape[-1] == before.shape[-1] + 5
+    assert torch.allclose(after[..., :-5], before, atol=1e-6)
+
+
+def test_nothing_of_transformers_is_touched():
+    theirs = families.tiny_model("llama")
+    layer, mlp = type(theirs.model.layers[0]), type(theirs.model.layers[0].mlp)
+    forwards = layer.forward, mlp.forward, type(theirs).forward
+    other = logits(theirs)
+    patch(families.tiny_model("llama"), "phantom-everywhere")
+    assert (layer.forward, mlp.forward, type(theirs).forward) == forwards
+    assert torch.equal(logits(theirs), other)
+
+
+def test_a_patched_model_can_be_pickled():
+    model = families.tiny_model("llama")
+    before = logits(model)
+    patch(model, "phantom-everywhere")
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model))
+    unpatch(again)
+    assert torch.equal(logits(again), before)
+
+
+def test_a_copy_is_undone_by_itself():
+    model = families.tiny_model("llama")
+    before = logits(model)
+    patch(model, "silu-tanh-everywhere")
+    after, other = logits(model), copy.deepcopy(model)
+    unpatch(other)
+    assert torch.equal(logits(other), before)
+    assert torch.equal(logits(model), after)
+
+
+def test_lora_on_a_patched_model_merges_to_the_same_logits():
+    peft = pytest.importorskip("peft")
+    model = families.tiny_model("llama")
+    patch(model, recipe(["mlp", "attention.q"], "phantom"))
+    with pytest.raises(ValueError, match=r"(?s)ActivatedProjection.*is not supported"):  # loud, where a subclass of Linear would be silent
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj", "up_proj"], init_lora_weights=False))
+    unmerged = logits(lora)
+    assert torch.allclose(logits(lora.merge_and_unload()), unmerged, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "what", "message"),
+    [
+        ("llama", recipe("mlp", "relu", layers=[99]), "layer 99 does not exist: the model has layers 0 to 1"),
+        ("gpt2", recipe("mlp.gate", "relu"), r"gpt2 has no site mlp.gate; it has: mlp \(2 layers\), mlp.up"),
+        ("llama", recipe("mlp", "original"), "changes nothing"),
+        ("llama", recipe("head", "relu", layers=[0]), "site head is not in a layer"),
+        ("llama", recipe("mlp", {"mixture": ["relu", "tanh"]}), r"equals the original there \(silu\).*add 'original'"),
+        ("hy_v4", recipe("mlp", "relu"), "computes its activation inside its own code"),
+        ("lfm2", recipe("mlp", "relu"), "lfm2 has no site mlp; it has: mlp.gate"),
+        ("apertus", recipe("mlp", "original|relu"), "has weights of its own"),
+    ],
+)
+def test_refusals_leave_the_model_alone(family, what, message):
+    model = families.tiny_model(family)
+    before = logits(model, family)
+    with pytest.raises(ValueError, match=message):
+        patch(model, what)
+    assert not isinstance(model, PatchedModel)
+    assert torch.equal(logits(model, family), before)
+
+
+def test_patching_twice_is_refused():
+    model = families.tiny_model("llama")
+    patch(model, "phantom-mlp")
+    with pytest.raises(ValueError, match="already patched \\(recipe 'phantom-mlp'\\)"):
+        patch(model, "silu-tanh-mlp")
+
+
+def test_a_model_under_liger_is_refused():
+    model = families.tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+
+    def forward(x):
+        return x
+
+    forward.__module__ = "liger_kernel.transformers.swiglu"
+    mlp.forward = forward
+    with pytest.raises(ValueError, match="replaced by Liger's, which hard-codes the activation"):
+        patch(model, "phantom-mlp")
+
+
+# One family of each structure, on every site that it has; the whole table is docs/families.md.
+STRUCTURES = ["llama", "gpt2", "phi3", "opt", "mixtral", "falcon", "moshi", "deepseek_v3", "cpmant", "nemotron_h", "dbrx"]
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_every_structure_in_the_table_still_works(family):
+    assert {prove_families.prove(family, site) for site in SITES} <= {"yes", "yes, no mixture", "–"}
