@@ -47,9 +47,7 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def gemma3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gemma3_gguf: Path) -> Path:
     """Gemma 3 270M as a checkpoint folder of two shards, float32. Do not write into it."""
-    return _imported(
-        _models_folder(tmp_path_factory, _worker(request)) / "gemma3", gemma3_gguf, max_shard_size="700MB"
-    )
+    return _imported(_models_folder(tmp_path_factory, _worker(request)) / "gemma3", gemma3_gguf, max_shard_size="700MB")
 
 
 def _imported(folder: Path, gguf: Path, max_shard_size: str = "2GB") -> Path:

@@ -33,7 +33,7 @@ def test_values_are_means_over_tokens() -> None:
 
 
 def test_interval_matches_scipy() -> None:
-    """Units of unequal size, as a ratio of sums; SciPy draws otherwise, so the ends agree up to the noise of drawing."""
+    """Units of unequal size, as a ratio of sums; the draws differ, so the ends agree up to the noise of drawing."""
     counts = np.random.default_rng(1).integers(1, 500, size=40)
     own = sums(2, counts)
     wanted = stats.bootstrap(

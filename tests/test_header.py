@@ -158,7 +158,8 @@ def test_round_trip(specs):
 
 
 _GOOD = whole_file(
-    json.dumps({"__metadata__": {"format": "pt"}, "a": entry(), "b": entry("BF16", (2, 3), (8, 20))}).encode(), bytes(20)
+    json.dumps({"__metadata__": {"format": "pt"}, "a": entry(), "b": entry("BF16", (2, 3), (8, 20))}).encode(),
+    bytes(20),
 )
 
 
@@ -170,7 +171,7 @@ def test_damaged_bytes_never_crash(position, replacement, removed):
     try:
         header = parse_header(content[8 : 8 + length], file="x", file_bytes=len(content))
     except ValueError as error:
-        assert str(error).startswith("x: ")
+        assert str(error).startswith("x: ")  # noqa: PT017
         return
     covered = sum(item.nbytes for item in header.tensors.values())
     assert header.data_start + covered == len(content)
@@ -178,8 +179,10 @@ def test_damaged_bytes_never_crash(position, replacement, removed):
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(sorted(DTYPE_BITS)),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

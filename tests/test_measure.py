@@ -212,7 +212,7 @@ def test_broken_logits_name_the_layer() -> None:
         compare(subject("base", tiny_model()), [subject("bad", other)], texts(), plan=WITHOUT_SPEED)
     head = tiny_model()
     head.lm_head.weight.data[5, 5] = torch.inf
-    with pytest.raises(ValueError, match="base gives logits.*finite, so it is the output projection"):
+    with pytest.raises(ValueError, match=r"base gives logits.*finite, so it is the output projection"):
         compare(subject("base", head), [subject("good", tiny_model())], texts(), plan=WITHOUT_SPEED)
 
 

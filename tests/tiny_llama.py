@@ -51,7 +51,7 @@ def tiny_model(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
 
 def changed(model: LlamaForCausalLM, amount: float, seed: int = 7) -> LlamaForCausalLM:
     """A copy of `model` with noise in its MLP weights."""
-    copy = tiny_model(**{"num_hidden_layers": model.config.num_hidden_layers})
+    copy = tiny_model(num_hidden_layers=model.config.num_hidden_layers)
     copy.load_state_dict(model.state_dict())
     torch.manual_seed(seed)
     with torch.no_grad():

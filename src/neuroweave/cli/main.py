@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     if debug:  # accepted anywhere on the line
         arguments = ["--debug", *(word for word in arguments if word != "--debug")]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         sys.exit(program.main(args=arguments, prog_name="neuroweave", standalone_mode=False) or 0)
     except click.exceptions.Exit as exit_:

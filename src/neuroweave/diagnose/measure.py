@@ -78,7 +78,8 @@ class PairTally:
         self.kl[unit] += kl.sum()
         self.kl_at[first : first + len(kl)] += kl
         self.kl_counts += np.bincount(np.searchsorted(KL_EDGES, kl, side="right"), minlength=len(self.kl_counts))
-        self.logit_cosine[unit] += metrics.cosine_similarity(base_logits, logits).sum().item()
+        cosine = metrics.cosine_similarity(without_ruled_out(base_logits), without_ruled_out(logits))
+        self.logit_cosine[unit] += cosine.sum().item()
         self.agreement[unit] += metrics.top1_agreement(base_logits, logits).sum().item()
 
     def add_states(self, unit: int, base_states: Sequence[Tensor], states: Sequence[Tensor]) -> None:
@@ -151,6 +152,11 @@ def measure_window(base: Subject, others: Sequence[Subject], window: Window, num
             pair.add_predictions(window.unit, first, ours, theirs, base_log_p, log_p)
         pair.add_states(window.unit, base_states, states)
         del logits, states
+
+
+def without_ruled_out(logits: Tensor) -> Tensor:
+    """The logits with 0 for minus infinity: a token that is ruled out has no part in the direction of the vector."""
+    return logits if torch.isfinite(logits.sum(dtype=torch.float32)) else logits.nan_to_num(neginf=0.0)
 
 
 def forward(subject: Subject, window: Window, number: int) -> tuple[Tensor, list[Tensor]]:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from neuroweave.text.passages import cut
 GOLDEN = (5**0.5 - 1) / 2
 
 
+@runtime_checkable
 class Document(Protocol):
     """Anything with a name and a text."""
 

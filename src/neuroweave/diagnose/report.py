@@ -62,4 +62,6 @@ def as_yaml(value: Any) -> str:
 
 def visible(text: str) -> str:
     """Generated text with its line ends marked; a long run of them, as broken models write, is only counted."""
-    return re.sub(r"\n+", lambda run: "↵" * len(run[0]) + "\n" if len(run[0]) < 4 else f"↵ ({len(run[0])} times)\n", text)
+    return re.sub(
+        r"\n+", lambda run: "↵" * len(run[0]) + "\n" if len(run[0]) < 4 else f"↵ ({len(run[0])} times)\n", text
+    )

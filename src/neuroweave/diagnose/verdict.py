@@ -79,16 +79,16 @@ def rows(base: Measured, other: Other) -> list[Row]:
     perplexities = number(base.perplexity.value), number(model.perplexity.value)
     confidences = number(base.confidence.value), number(model.confidence.value)
     table = [
-        row("perplexity, ratio", perplexities, difference.perplexity_ratio, 1),
-        row("top-1 confidence, difference", confidences, difference.confidence, 0),
-        row("KL(base || other), nats per token", ("", ""), difference.kl, 0),
-        row("cosine similarity of logits", ("", ""), difference.logit_cosine, 1),
-        row("top-1 agreement", ("", ""), difference.top1_agreement, 1),
+        row("perplexity, ratio", perplexities, difference.perplexity_ratio, 1.0),
+        row("top-1 confidence, difference", confidences, difference.confidence, 0.0),
+        row("KL(base || other), nats per token", ("", ""), difference.kl, 0.0),
+        row("cosine similarity of logits", ("", ""), difference.logit_cosine, 1.0),
+        row("top-1 agreement", ("", ""), difference.top1_agreement, 1.0),
     ]
     if difference.hidden_cosine:
-        table.append(row("cosine similarity, last hidden state", ("", ""), difference.hidden_cosine[-1], 1))
+        table.append(row("cosine similarity, last hidden state", ("", ""), difference.hidden_cosine[-1], 1.0))
     for name, part, ratio in speeds(base, model, difference):
-        table.append(row(f"{name} tokens/s, ratio", (number(part[0].median), number(part[1].median)), ratio, 1))
+        table.append(row(f"{name} tokens/s, ratio", (number(part[0].median), number(part[1].median)), ratio, 1.0))
     return table
 
 
@@ -114,7 +114,7 @@ def sentences(comparison: Comparison, other: Other) -> list[str]:
         said += [departure] if departure else []
     for name, _, ratio in speeds(base, model, difference):
         verb = "reads a prompt (prefill)" if name == "prefill" else "writes (decode)"
-        pace = reading(ratio, 1, above="faster than", below="slower than")
+        pace = reading(ratio, 1.0, above="faster than", below="slower than")
         if pace in ("faster than", "slower than"):
             said.append(f"It {verb} {pace} {base.name}: speed ratio {with_interval(ratio)}.")
         else:
@@ -159,7 +159,7 @@ def describe_perplexity(base: Measured, model: Measured, difference: Difference)
         "higher": f"It predicts this text worse than {base.name}",
         "lower": f"It predicts this text better than {base.name}",
         "no interval": "Whether it predicts better or worse cannot be told from one unit of text",
-    }.get(reading(ratio, 1), "How well it predicts this text does not differ beyond noise")
+    }.get(reading(ratio, 1.0), "How well it predicts this text does not differ beyond noise")
     numbers = f"perplexity {number(model.perplexity.value)} against {number(base.perplexity.value)}"
     return f"{verb}: {numbers}, ratio {with_interval(ratio)}."
 

@@ -84,6 +84,8 @@ def activation_fields(config: dict[str, Any], path: str = "") -> list[tuple[str,
     for key, value in config.items():
         if isinstance(value, dict) and key not in (KEY, "vision_config", "audio_config"):
             found += activation_fields(value, f"{path}{key}.")
+            if "act" in key and value.get("name") in ACT2CLS:  # DBRX: ffn_act_fn: {name: silu}
+                found.append((f"{path}{key}.name", value, "name"))
         elif isinstance(value, str) and value in ACT2CLS and ("act" in key or key == "afn"):
             found.append((f"{path}{key}", config, key))
     return found
