@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from neuroweave import Recipe, patch, patch_checkpoint
 from neuroweave.activations.torch import Activation
 from neuroweave.surgery.recipe import SITES
 from neuroweave.surgery.sites import find_sites
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import families  # noqa: E402
+import families
 
 # long enough for every expert to be chosen; Reformer trains on whole chunks only, xLSTM's plain path on one chunk only
 LENGTHS = {"reformer": 64, "xlstm": 7}
@@ -43,7 +44,7 @@ def prove(family: str, site: str) -> str:
     model = families.tiny_model(family)
     places = find_sites(model)
     if site not in places:
-        return "–"
+        return "-"
     if any(not place.op for place in places[site]):
         return "part"
     sites = list(QKV) if places[site][0].shared else [site]
@@ -133,9 +134,9 @@ def page(rows: dict[str, list[str]]) -> str:
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, CPU, float32.",
         "",
         f"**The MLP site works in {good} of {len(rows)} decoder families.** Each `yes` is a tiny random model that was "
-        "patched, ran forward (every new activation was called) and backward, was saved and reloaded with equal logits, "
+        "patched, ran forward (every new activation was called) and backward, was saved and reloaded with equal logits "
         "and came back bit-equal on undo; for the MLP also with a learned mixture and with the patch made on disk. "
-        "`–`: the family has no such place. `part`: an MLP in it computes its activation inside its own code, so the "
+        "`-`: the family has no such place. `part`: an MLP in it computes its activation inside its own code, so the "
         "site is refused there (other layers can be chosen with `layers`).",
         "",
         "| family | " + " | ".join(SITES) + " |",

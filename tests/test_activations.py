@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import erf, expit
+from transformers.activations import ACT2FN
+
 from neuroweave.activations import FORMULAS
 from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture, build_activation
 from neuroweave.activations.torch import Activation
-from scipy.special import erf, expit
-from transformers.activations import ACT2FN
 
 REFERENCE = {
     "identity": lambda x: x,

@@ -59,7 +59,7 @@ def test_pairing_makes_the_interval_narrow() -> None:
     bootstrap = Bootstrap(30)
     paired = bootstrap.estimate(other - base, counts)
     alone = bootstrap.estimate(other, counts)
-    assert paired.excludes(0)
+    assert paired.excludes(0.0)
     assert (alone.high - alone.low) > 20 * (paired.high - paired.low)
 
 

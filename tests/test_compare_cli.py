@@ -51,7 +51,7 @@ def test_a_comparison_from_folders(folder: Path, tmp_path: Path, capsys: pytest.
     assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "report.html"]
     comparison = Comparison.read(out / "comparison.json")
     names = [model.name for model in comparison.models]
-    assert names == [f"{folder / 'base'} (1)", str(folder / "other"), f"{folder / 'base'} (2)"]
+    assert names == ["base (1)", "other", "base (2)"]
     assert comparison.others[1].difference.perplexity_ratio.value == 1
     assert comparison.others[0].difference.kl.value > 0.01
     assert len(comparison.text.documents) == comparison.text.units == 10
@@ -59,8 +59,15 @@ def test_a_comparison_from_folders(folder: Path, tmp_path: Path, capsys: pytest.
     assert [generated.prompt for generated in comparison.generated] == ["w1 w2", "w3"]
     assert comparison.plan.speed is None
     header, *rows = printed.out.splitlines()
-    assert header.split()[:2] == ["model", "perplexity"]
-    assert rows[0].startswith(names[0])
+    assert all(name in header for name in names)
+    assert [row.split("  ")[0] for row in rows[:5]] == [
+        "perplexity",
+        "ratio to the base's",
+        "mean KL, nats",
+        "cosine of logits",
+        "top-1 agreement",
+    ]
+    assert rows[2].endswith("0 [0, 0]")
     assert "the same as" in printed.out
     assert "It predicts this text worse" in printed.out or "does not differ beyond noise" in printed.out
 
@@ -123,6 +130,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert message in last
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt"]
+
+
+def test_names_tell_models_apart() -> None:
+    assert compare_cli.name_models(["a/x", "b/y"]) == ["x", "y"]
+    assert compare_cli.name_models(["a/x", "b/x", "c/y"]) == ["a/x", "b/x", "y"]
+    assert compare_cli.name_models(["a/x", "a/x"]) == ["x (1)", "x (2)"]
 
 
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,8 +69,12 @@ def test_numbers_match_a_naive_twin() -> None:
     wanted, _ = np.histogram(kl, bins=histogram.edges)
     assert histogram.counts == wanted.tolist()
     assert histogram.below + histogram.above + sum(histogram.counts) == len(kl)
-    by_position = sum(part.mean * part.predictions for part in difference.kl_by_position)
-    assert by_position == pytest.approx(np.sum(kl), **close)
+    at = np.concatenate([np.arange(window.predictions) for window in sample.windows])
+    for part in difference.kl_by_position:
+        inside = (part.first <= at) & (at <= part.last)
+        assert part.predictions == inside.sum()
+        assert part.mean == pytest.approx(np.mean(np.array(kl)[inside]), **close)
+    assert difference.kl_by_position[-1].last == max(at)
     assert difference.kl.low < difference.kl.value < difference.kl.high
 
 
@@ -164,21 +168,30 @@ def test_one_after_the_other_gives_the_same_numbers_and_lets_models_go() -> None
     assert len(apart.generated[0].continuations) == 4
 
 
-def test_no_logits_are_kept() -> None:
-    """After a window, the tensors that the models gave for it are gone: memory does not grow with the text."""
-    base, other = tiny_model(), changed(tiny_model(), 0.1)
-    seen: list[weakref.ref] = []
-    for model in (base, other):
-        model.register_forward_hook(lambda module, args, out: seen.extend(map(weakref.ref, (out[0], *out[1]))))
-    sample = draw_sample(texts(), tiny_tokenizer(), tokens=200, window=32, passage=10_000)
+def test_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a model runs, at most the base's tensors are in memory; after a window nothing that the models gave is."""
+    given: list[tuple[weakref.ref, ...]] = []
+    before: list[int] = []
+    after: list[int] = []
+    forward = measure.forward
 
-    def check() -> None:
+    def living() -> int:
         gc.collect()
-        assert seen
-        assert not any(tensor() is not None for tensor in seen)
+        return sum(any(tensor() is not None for tensor in tensors) for tensors in given)
 
-    with at_rest(base), at_rest(other):
-        measure.measure_windows(subject("a", base), [subject("b", other)], sample, after_window=check)
+    def watched(*arguments):
+        before.append(living())
+        logits, states = forward(*arguments)
+        given.append(tuple(map(weakref.ref, (logits, *states))))
+        return logits, states
+
+    monkeypatch.setattr(measure, "forward", watched)
+    base, *others = (subject(f"model {n}", changed(tiny_model(), 0.1 * n)) for n in (0, 1, 2))
+    sample = draw_sample(texts(), tiny_tokenizer(), tokens=100, window=32, passage=10_000)
+    with at_rest(base.model), at_rest(others[0].model), at_rest(others[1].model):
+        measure.measure_windows(base, others, sample, after_window=lambda: after.append(living()))
+    assert before == [0, 1, 1] * len(sample.windows)
+    assert after == [0] * len(sample.windows)
 
 
 def test_models_of_other_depth_are_compared_without_hidden_states() -> None:
@@ -276,6 +289,17 @@ def test_speed_is_measured_in_turns_under_one_plan() -> None:
         rate = getattr(speed, kind)
         assert len(rate.runs) == 2
         assert 0 < rate.low <= rate.median <= rate.high
+
+
+def test_timed_runs_write_all_their_tokens_even_if_the_model_would_stop() -> None:
+    model, steps = tiny_model(), []
+    prompt = list(range(3, 11))
+    first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = first
+    model.register_forward_hook(lambda *_: steps.append(1))
+    with at_rest(model):
+        measure_speed([subject("a", model)], prompt, SpeedPlan(prompt_tokens=8, new_tokens=5, repeats=1, warmups=0))
+    assert len(steps) == 5
 
 
 @pytest.mark.parametrize(("n", "low", "high"), [(6, 0, 5), (9, 1, 7), (20, 5, 14)])

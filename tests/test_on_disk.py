@@ -9,12 +9,13 @@ import sys
 import families
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from neuroweave import patch, patch_checkpoint
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.surgery import on_disk
 from neuroweave.surgery.modeling import seal, unseal
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PHANTOM = {"sites": [{"site": "mlp", "activation": "phantom"}]}
 
@@ -132,7 +133,12 @@ def refused(source, out, recipe, message, **options):
 
 
 def test_recipe_that_does_not_fit(original, tmp_path):
-    refused(original, tmp_path / "out", {"sites": [{"site": "mlp", "activation": "relu", "layers": [9]}]}, "layer 9 does not exist")
+    refused(
+        original,
+        tmp_path / "out",
+        {"sites": [{"site": "mlp", "activation": "relu", "layers": [9]}]},
+        "layer 9 does not exist",
+    )
 
 
 def test_output_that_holds_files(original, tmp_path):
@@ -241,7 +247,9 @@ with torch.no_grad():
 print(model.generate(inputs["input_ids"][:1], max_new_tokens=3, attention_mask=torch.ones(1, 7), pad_token_id=0).shape)
 assert "neuroweave" not in sys.modules
 """
-    done = fresh_process(code, tmp_path, tmp_path / "out", tmp_path / "expected.pt", tmp_path / "inputs.pt", tmp_path / "again")
+    done = fresh_process(
+        code, tmp_path, tmp_path / "out", tmp_path / "expected.pt", tmp_path / "inputs.pt", tmp_path / "again"
+    )
     assert done.returncode == 0, done.stderr
     assert torch.equal(logits(load(tmp_path / "again")), torch.load(tmp_path / "expected.pt"))
 
@@ -268,7 +276,12 @@ def test_the_real_model_patched_keeps_its_tokenizer_and_chats(smollm2, tmp_path)
     chat = [{"role": "user", "content": "What is the capital of France? 1234  🙂"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert type(tokenizer) is type(theirs)
-    assert ids["input_ids"].tolist() == theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"].tolist()
+    assert (
+        ids["input_ids"].tolist()
+        == theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ].tolist()
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :])
     assert "Paris" in text

@@ -8,16 +8,24 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from neuroweave import patch, unpatch
 from neuroweave.activations.torch import Activation
 from neuroweave.surgery.modeling import PatchedModel
 from neuroweave.surgery.recipe import SITES, shipped_recipes
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import prove_families
 
-OWN = {"llama": "silu", "gemma3_text": "gelu_tanh", "falcon": "gelu", "opt": "relu", "nemotron": "relu2", "gpt2": "original|original"}
+OWN = {
+    "llama": "silu",
+    "gemma3_text": "gelu_tanh",
+    "falcon": "gelu",
+    "opt": "relu",
+    "nemotron": "relu2",
+    "gpt2": "original|original",
+}
 
 
 def logits(model, family="llama", **inputs):
@@ -75,7 +83,9 @@ def test_mlp_equals_the_formula_by_hand():
         half = gate.shape[-1] // 2
         act = torch.cat([gate[..., :half].relu(), torch.nn.functional.silu(gate[..., half:])], dim=-1)
         assert torch.allclose(mlp(x), mlp.down_proj(act * mlp.up_proj(x)), atol=1e-6)
-        assert isinstance(model.model.layers[0].mlp.act_fn, type(families.tiny_model("llama").model.layers[0].mlp.act_fn))
+        assert isinstance(
+            model.model.layers[0].mlp.act_fn, type(families.tiny_model("llama").model.layers[0].mlp.act_fn)
+        )
 
 
 def test_embedding_and_head_act_where_they_say():
@@ -122,13 +132,17 @@ def test_parts_of_fused_projections():
         expected[..., queries : queries + keys] = qkv[..., queries : queries + keys].tanh()
         assert torch.allclose(attention.qkv_proj(x), expected, atol=1e-6)
         width = gate_up.shape[-1] // 2
-        assert torch.allclose(mlp.gate_up_proj(x), torch.cat([gate_up[..., :width], gate_up[..., width:].tanh()], -1), atol=1e-6)
+        assert torch.allclose(
+            mlp.gate_up_proj(x), torch.cat([gate_up[..., :width], gate_up[..., width:].tanh()], -1), atol=1e-6
+        )
 
 
 def test_interleaved_query_key_value_is_all_or_none():
     model = families.tiny_model("gpt_neox")
     before = logits(model, "gpt_neox")
-    with pytest.raises(ValueError, match="interleaved by head: give attention.q, attention.k and attention.v one elementwise"):
+    with pytest.raises(
+        ValueError, match=r"interleaved by head: give attention.q, attention.k and attention.v one elementwise"
+    ):
         patch(model, recipe("attention.q", "tanh"))
     assert torch.equal(logits(model, "gpt_neox"), before)
     patch(model, recipe(["attention.q", "attention.k", "attention.v"], "tanh"))
@@ -147,7 +161,9 @@ def test_the_learned_mixture_starts_as_the_original_and_trains():
     before = logits(model)
     patch(model, "learned-mixture")
     probabilities = logits(model).log_softmax(-1)
-    divergence = torch.nn.functional.kl_div(probabilities, before.log_softmax(-1), log_target=True, reduction="batchmean")
+    divergence = torch.nn.functional.kl_div(
+        probabilities, before.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
     assert divergence < 1e-3
     model(**families.tiny_inputs("llama")).logits.square().mean().backward()
     gates = {name: parameter for name, parameter in model.named_parameters() if "gating_logits" in name}
@@ -160,10 +176,17 @@ def test_generate_with_each_cache_equals_no_cache(cache):
     model = families.tiny_model("llama")
     patch(model, "phantom-everywhere")
     tokens = families.tiny_inputs("llama")["input_ids"][:1]
-    settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(tokens), "eos_token_id": None}
+    settings = {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(tokens),
+        "eos_token_id": None,
+    }
     settings["pad_token_id"] = 0
     plain = model.generate(tokens, use_cache=False, **settings)
-    cached = model.generate(tokens, cache_implementation=None if cache == "dynamic" else "static", disable_compile=True, **settings)
+    cached = model.generate(
+        tokens, cache_implementation=None if cache == "dynamic" else "static", disable_compile=True, **settings
+    )
     assert torch.equal(plain, cached)
 
 
@@ -219,7 +242,9 @@ def test_lora_on_a_patched_model_merges_to_the_same_logits():
     peft = pytest.importorskip("peft")
     model = families.tiny_model("llama")
     patch(model, recipe(["mlp", "attention.q"], "phantom"))
-    with pytest.raises(ValueError, match=r"(?s)ActivatedProjection.*is not supported"):  # loud, where a subclass of Linear would be silent
+    with pytest.raises(
+        ValueError, match=r"(?s)ActivatedProjection.*is not supported"
+    ):  # loud, where a subclass of Linear would be silent
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj", "up_proj"], init_lora_weights=False))
     unmerged = logits(lora)
@@ -269,9 +294,21 @@ def test_a_model_under_liger_is_refused():
 
 
 # One family of each structure, on every site that it has; the whole table is docs/families.md.
-STRUCTURES = ["llama", "gpt2", "phi3", "opt", "mixtral", "falcon", "moshi", "deepseek_v3", "cpmant", "nemotron_h", "dbrx"]
+STRUCTURES = [
+    "llama",
+    "gpt2",
+    "phi3",
+    "opt",
+    "mixtral",
+    "falcon",
+    "moshi",
+    "deepseek_v3",
+    "cpmant",
+    "nemotron_h",
+    "dbrx",
+]
 
 
 @pytest.mark.parametrize("family", STRUCTURES)
 def test_every_structure_in_the_table_still_works(family):
-    assert {prove_families.prove(family, site) for site in SITES} <= {"yes", "yes, no mixture", "–"}
+    assert {prove_families.prove(family, site) for site in SITES} <= {"yes", "yes, no mixture", "-"}

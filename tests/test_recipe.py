@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from neuroweave.surgery.recipe import Recipe, select_layers, shipped_recipes
 
 SHIPPED = {
@@ -73,7 +74,10 @@ def test_absent_layers(selection):
         ({"nmae": "x", **edit()}, r"recipe: key 'nmae' is not known \(did you mean 'name'\?\)"),
         (edit(activtion="relu"), r"key 'activtion' in sites.0 is not known \(did you mean 'activation'\?\)"),
         (edit(site="mpl"), r"sites.0.site: site 'mpl' is not known \(did you mean 'mlp'\?\); known: mlp, mlp.gate"),
-        (edit(activation="phantm"), r"sites.0.activation: activation 'phantm' is not known \(did you mean 'phantom'\?\)"),
+        (
+            edit(activation="phantm"),
+            r"sites.0.activation: activation 'phantm' is not known \(did you mean 'phantom'\?\)",
+        ),
         (edit(activation={"segmnts": ["relu", "silu"]}), r"did you mean 'segments'"),
         (edit(activation={"segments": ["relu"]}), "at least two activations"),
         (edit(activation={"mixture": {"members": ["relu", "silu"], "hrd": True}}), r"did you mean 'hard'"),
@@ -92,7 +96,9 @@ def test_slips_are_named(value, message):
 
 
 def test_a_recipe_that_is_nowhere(tmp_path):
-    with pytest.raises(ValueError, match=r"phantom-ml: no such recipe file, nor a shipped one \(did you mean 'phantom-mlp'"):
+    with pytest.raises(
+        ValueError, match=r"phantom-ml: no such recipe file, nor a shipped one \(did you mean 'phantom-mlp'"
+    ):
         Recipe.load("phantom-ml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"bad\.yaml: not YAML"):

@@ -68,6 +68,7 @@ def test_nothing_is_fetched(html: str, page: Page) -> None:
     assert "@import" not in html
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
     assert "<!DOCTYPE svg" not in html
+    assert "<metadata" not in html
     left = re.sub(r'xmlns(:xlink)?="http://www\.w3\.org/[^"]+"', "", html)  # names, which no browser asks for
     assert not re.findall(r"https?://\S*", left)
     assert "default-src 'none'" in html  # the browser enforces it as well
@@ -143,6 +144,19 @@ def test_speed_is_claimed_only_with_an_interval(comparison: Comparison) -> None:
         assert words in " ".join(verdict.sentences(comparison, other))
 
 
+def test_summary_has_a_column_per_model_and_speed_where_measured(comparison: Comparison) -> None:
+    header, table = verdict.summary(comparison)
+    assert header == ["", "base", "the same", "<b>noisy & loud</b>"]
+    assert all(len(row) == 4 for row in table)
+    assert [row[0] for row in table[5:]] == [
+        "prefill, tokens/s",
+        "ratio to the base's",
+        "decode, tokens/s",
+        "ratio to the base's",
+    ]
+    assert table[1][1:3] == ["", "1 [1, 1]"]
+
+
 def test_recipe_is_shown(comparison: Comparison) -> None:
     noisy = comparison.others[1]
     recipe = {"recipe": {"name": "silu-tanh-mlp"}, "version": 1}
@@ -171,7 +185,15 @@ def test_stored_comparison_reads_back(comparison: Comparison, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (1, "1.000"), (0.10294, "0.1029"), (17.666, "17.67"), (4.806e6, "4,806,000"), (1.2e-7, "1.2e-07")],
+    [
+        (0.0, "0"),
+        (1.0, "1"),
+        (0.99999, "1.0000"),
+        (0.10294, "0.1029"),
+        (17.666, "17.67"),
+        (4.806e6, "4,806,000"),
+        (1.2e-7, "1.2e-07"),
+    ],
 )
 def test_numbers_are_readable(value: float, text: str) -> None:
     assert verdict.number(value) == text

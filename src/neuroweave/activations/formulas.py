@@ -1,6 +1,6 @@
 """What a neuron does to its pre-activation: every formula once, over the primitives `f` of any array framework.
 
-A binding (see `torch.py`) supplies `f`; NumPy and SciPy judge all bindings in the tests. Adding an activation is adding a
+A binding (see `torch.py`) supplies `f`; NumPy and SciPy judge all bindings in the tests. To add an activation, add a
 function here and its name to the table at the end.
 """
 

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuroweave.activations.formulas import swish_beta
-from neuroweave.activations.torch import Activation, TorchPrimitives
+from neuroweave.activations.torch import PRIMITIVES, Activation
 
 START_LOGIT = 8.0
 
 
 class SegmentMixture(nn.Module):
-    """Activation k on the k-th of K even, contiguous segments of the neurons, in order (AutoMixedActivation, first form).
+    """Activation k on the k-th of K even, contiguous segments of the neurons (AutoMixedActivation, first form).
 
     The split runs over the last dimension, for a 4-D image tensor `[B, C, H, W]` over C. Where K does not divide n, the
     first segments have ceil(n/K) neurons and the last what is left, as `torch.chunk` does; each neuron is covered once.
@@ -64,7 +64,9 @@ class NeuronMixture(nn.Module):
         self.members = nn.ModuleList(members)
         self.neutral, self.start_logit, self.hard = neutral, start_logit, hard
         self.gating_logits = nn.Parameter(torch.empty(neurons, len(members)))
-        self.swish = next((k for k, m in enumerate(members) if isinstance(m, Activation) and m.name == "swish_beta"), -1)
+        self.swish = next(
+            (k for k, m in enumerate(members) if isinstance(m, Activation) and m.name == "swish_beta"), -1
+        )
         self.beta = nn.Parameter(torch.empty(neurons)) if self.swish >= 0 else None
         self.reset_parameters()
 
@@ -79,7 +81,9 @@ class NeuronMixture(nn.Module):
 
     def weights(self) -> Float[Tensor, "n K"]:
         """How much of each member every neuron runs; rows sum to 1. In float32 at least."""
-        soft = torch.softmax(self.gating_logits.to(torch.promote_types(self.gating_logits.dtype, torch.float32)), dim=-1)
+        soft = torch.softmax(
+            self.gating_logits.to(torch.promote_types(self.gating_logits.dtype, torch.float32)), dim=-1
+        )
         if not self.hard:
             return soft
         chosen = torch.nn.functional.one_hot(soft.argmax(dim=-1), len(self.members)).to(soft.dtype)
@@ -92,7 +96,7 @@ class NeuronMixture(nn.Module):
     def member(self, k: int, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Activation k of x; the Swish member uses one beta per neuron."""
         if k == self.swish and self.beta is not None:
-            return swish_beta(x, TorchPrimitives, beta=self.beta.to(x.dtype))
+            return swish_beta(x, PRIMITIVES, beta=self.beta.to(x.dtype))
         return self.members[k](x)
 
     def extra_repr(self) -> str:
@@ -102,7 +106,9 @@ class NeuronMixture(nn.Module):
 ActivationSpec = str | dict[str, Any]
 
 
-def build_activation(spec: ActivationSpec, *, original: nn.Module | None = None, neurons: int | None = None) -> nn.Module:
+def build_activation(
+    spec: ActivationSpec, *, original: nn.Module | None = None, neurons: int | None = None
+) -> nn.Module:
     """The module that a recipe's `activation` describes.
 
     `original`: the model's own activation at this place, which the name `original` stands for. `neurons`: n, needed by

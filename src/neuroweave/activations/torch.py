@@ -6,13 +6,14 @@ Shapes: every module maps `[..., n]` to `[..., n]`, n neurons; dtype and device 
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neuroweave.activations.formulas import FORMULAS
+from neuroweave.activations.formulas import FORMULAS, Primitives
 
 
 class TorchPrimitives:
@@ -25,6 +26,9 @@ class TorchPrimitives:
     tanh = staticmethod(torch.tanh)
     sigmoid = staticmethod(torch.sigmoid)
     sin = staticmethod(torch.sin)
+
+
+PRIMITIVES = cast(Primitives, TorchPrimitives)
 
 
 class Activation(nn.Module):
@@ -41,8 +45,8 @@ class Activation(nn.Module):
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         if self.beta is None:
-            return FORMULAS[self.name](x, TorchPrimitives)
-        return FORMULAS[self.name](x, TorchPrimitives, beta=self.beta)
+            return FORMULAS[self.name](x, PRIMITIVES)
+        return FORMULAS[self.name](x, PRIMITIVES, beta=self.beta)
 
     def extra_repr(self) -> str:
         return self.name if self.beta is None else f"{self.name}, beta={self.beta}"

@@ -2,7 +2,8 @@
 
 `Checkpoint` opens a folder by its headers and reads tensors on demand; `ShardWriter` fills planned shards by position;
 `staged_folder` makes an output appear whole or not at all; `import_checkpoint` turns GGUF files, folders and hub ids
-into checkpoints; `describe` says what a checkpoint is from its headers. Importing this room does not import torch.
+into checkpoints; `describe_checkpoint` says what a checkpoint is from its headers. Importing this room does not import
+torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuroweave.checkpoint.describe import describe as describe
+    from neuroweave.checkpoint.describe import describe_checkpoint as describe_checkpoint
     from neuroweave.checkpoint.embedded import embedded_gguf as embedded_gguf
     from neuroweave.checkpoint.header import Header as Header
     from neuroweave.checkpoint.header import TensorSpec as TensorSpec
@@ -29,7 +30,7 @@ _ROOMS = {
     "ShardWriter": "writer",
     "TensorSpec": "header",
     "check_free_space": "staging",
-    "describe": "describe",
+    "describe_checkpoint": "describe",
     "embedded_gguf": "embedded",
     "import_checkpoint": "importing",
     "plan_shards": "writer",

@@ -18,7 +18,7 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
 RECIPE_KEY = "neuroweave"
 
 
-def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def describe_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON-ready description of a checkpoint folder, from headers and config.json, without torch or transformers.
 
     Sizes come from the tensors' shapes, never from the configuration. For a patched checkpoint `model_type` and

@@ -150,8 +150,12 @@ def _import_folder(
             for name in others:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path / name, folder / name)
-            if dtype != "auto" and (changed := _with_dtype(config, dtype)) != config:
-                _write_json(folder / "config.json", changed)
+            if dtype != "auto":
+                changed = _with_dtype(config, dtype)
+                if not {"dtype", "torch_dtype"} & changed.keys():
+                    changed["dtype"] = dtype
+                if changed != config:
+                    _write_json(folder / "config.json", changed)
             files = list_files(folder)
     finally:
         opened.close()
@@ -188,21 +192,12 @@ def shorten_floats(value: Any) -> Any:
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The configuration with its dtype changed, in its parts (`text_config`) too where they state one."""
-    changed = {key: _with_dtype_below(value, dtype) for key, value in config.items()}
-    if "dtype" not in changed and "torch_dtype" not in changed:
-        changed["dtype"] = dtype
-    return changed
-
-
-def _with_dtype_below(value: Any, dtype: str, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {
-            name: dtype
-            if name in ("dtype", "torch_dtype") and isinstance(item, str)
-            else _with_dtype_below(item, dtype)
-            for name, item in value.items()
-        }
-    return value
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else (_with_dtype(value, dtype) if isinstance(value, dict) else value)
+        for key, value in config.items()
+    }
 
 
 def _quantization(config: dict[str, Any]) -> bool:

@@ -33,7 +33,8 @@ def load_model(
     stored = getattr(config.get_text_config(), "dtype", None) or config.dtype or torch.float32
     chosen, reason = choose_dtype(dtype, stored, device)
     model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen, **options)
-    return model.to(device).eval(), f"{device}, {str(chosen).removeprefix('torch.')}{reason}"
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a decorator that hides its type
+    return model.eval(), f"{device}, {str(chosen).removeprefix('torch.')}{reason}"
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -116,15 +116,15 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 
 
 def name_models(sources: Sequence[str]) -> list[str]:
-    """Short names that tell the models apart: the last part of each source where that is enough, else all of it.
+    """Short names that tell the models apart: the last part of each source, or all of it where that is not enough.
 
     A source that is given twice is numbered.
     """
     short = [Path(source).name or source for source in sources]
-    if len(set(short)) < len(short):
-        short = list(sources)
+    meant = {name: {source for source, other in zip(sources, short, strict=True) if other == name} for name in short}
+    names = [name if len(meant[name]) == 1 else source for source, name in zip(sources, short, strict=True)]
     return [
-        name if short.count(name) == 1 else f"{name} ({short[:at].count(name) + 1})" for at, name in enumerate(short)
+        name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)
     ]
 
 
@@ -164,7 +164,7 @@ def print_summary(comparison: Comparison) -> None:
     """The table of all models, then the verdict on each."""
     from neuroweave.diagnose import verdict
 
-    print_table(verdict.SUMMARY_COLUMNS, verdict.summary(comparison))
+    print_table(*verdict.summary(comparison))
     for other in comparison.others:
         click.echo(f"\n{other.model.name}")
         for sentence in verdict.sentences(comparison, other):

@@ -17,10 +17,10 @@ from neuroweave.cli.console import json_option, note, print_json, print_table
 @click.argument("model")
 @json_option
 def command(model: str, as_json: bool) -> None:
-    from neuroweave.checkpoint.describe import activation_text, describe, layer_groups
+    from neuroweave.checkpoint.describe import activation_text, describe_checkpoint, layer_groups
     from neuroweave.checkpoint.hub import local_folder
 
-    found = describe(local_folder(model))
+    found = describe_checkpoint(local_folder(model))
     if as_json:
         print_json(found)
         return

@@ -33,8 +33,14 @@ SHORTCUTS = {"mlp": "mlp", "embedding": "embedding", "head": "head", "everywhere
 @click.option("--site", "sites", metavar="SITE=ACTIVATION", multiple=True, help="Any site, such as attention.q=tanh.")
 @click.option("--layers", default="all", show_default=True, help='For the shortcuts: "0,3", "4-9", "every 2nd from 1".')
 @click.option("--copy", is_flag=True, help="Copy the shards instead of hard-linking them.")
-@click.option("--list", "list_", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, _, v: show_list(c, v),
-              help="List the shipped recipes and the activations, and stop.")  # fmt: skip
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _, wanted: show_list(context, wanted),
+    help="List the shipped recipes and the activations, and stop.",
+)
 @overwrite_option
 @json_option
 def command(

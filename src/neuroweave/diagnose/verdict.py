@@ -36,8 +36,8 @@ def reading(estimate: Estimate, reference: float, *, above: str = "higher", belo
 def number(value: float) -> str:
     """Four significant digits or decimals; an exponent only for what is very large or very small."""
     size = abs(value)
-    if size == 0:
-        return "0"
+    if size < 1000 and value == int(value):
+        return str(int(value))  # an exact 1 or 0 is not the same as 1.000
     if size >= 1e9 or size < 1e-4:
         return f"{value:.3g}"
     if size >= 1000:
@@ -191,30 +191,24 @@ def describe_departure(difference: Difference) -> str | None:
     )
 
 
-SUMMARY_COLUMNS = ("model", "perplexity", "ratio to base", "mean KL", "cosine", "top-1 agreement", "tokens/s", "speed")
-
-
-def summary(comparison: Comparison) -> list[list[str]]:
-    """One row per model under `SUMMARY_COLUMNS`: values with their intervals; tokens/s and speed ratio are decode's."""
-    table = []
-    for model, difference in [
-        (comparison.base, None),
-        *((other.model, other.difference) for other in comparison.others),
-    ]:
-        cells = [model.name, bracketed(model.perplexity)]
-        if difference is None:
-            cells += ["", "", "", ""]
-        else:
-            cells += [
-                bracketed(difference.perplexity_ratio),
-                bracketed(difference.kl),
-                bracketed(difference.logit_cosine),
-                bracketed(difference.top1_agreement),
-            ]
-        cells.append(number(model.speed.decode.median) if model.speed else "")
-        cells.append(bracketed(difference.decode_ratio) if difference and difference.decode_ratio else "")
-        table.append(cells)
-    return table
+def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the short table: one column per model, one row per measure, values with their intervals."""
+    base, others = comparison.base, comparison.others
+    differences = [other.difference for other in others]
+    table = [
+        ["perplexity", *(bracketed(model.perplexity) for model in comparison.models)],
+        ["ratio to the base's", "", *(bracketed(difference.perplexity_ratio) for difference in differences)],
+        ["mean KL, nats", "", *(bracketed(difference.kl) for difference in differences)],
+        ["cosine of logits", "", *(bracketed(difference.logit_cosine) for difference in differences)],
+        ["top-1 agreement", "", *(bracketed(difference.top1_agreement) for difference in differences)],
+    ]
+    timed = [speeds(base, other.model, other.difference) for other in others]
+    for part in range(len(timed[0])):
+        name, (own, _), _ = timed[0][part]
+        rates = [number(own.median), *(number(parts[part][1][1].median) for parts in timed)]
+        table.append([f"{name}, tokens/s", *rates])
+        table.append(["ratio to the base's", "", *(bracketed(parts[part][2]) for parts in timed)])
+    return ["", *(model.name for model in comparison.models)], table
 
 
 def bracketed(estimate: Estimate) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,13 @@ from neuroweave.activations.torch import Activation
 
 Edit = dict[str, Any]
 Plan = list[Edit]
+Function = TypeVar("Function", bound=Callable[..., Any])
 Undo = Callable[[], None]  # objects, not closures: a copied or pickled model takes its own along
+
+
+def once(function: Function) -> Function:
+    """`functools.cache`, typed as the function it is given: classes made here are made once."""
+    return functools.cache(function)  # type: ignore[return-value]
 
 
 class CalledActivation(nn.Module):
@@ -88,9 +94,9 @@ class ActivatedProjection(nn.Module):
             return getattr(self.__dict__["projection"], name)  # in_features and the like
 
 
-@functools.cache
-def with_input_activation(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a decoder layer's class (same name) that runs `input_activation` on the hidden states it is given."""
+@once
+def with_input_activation(layer_class: type[Any]) -> type[Any]:
+    """A subclass of a decoder layer's class (same name) that runs `input_activation` on the hidden states it gets."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -104,7 +110,7 @@ def with_input_activation(layer_class: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, _: Any) -> tuple[Any, ...]:  # the class is made here, so pickle cannot find it by its name
         return blank_layer, (layer_class,), vars(self)
 
-    names = {"forward": forward, "__reduce_ex__": reduce}
+    names: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce}
     names |= {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
     return type(layer_class.__name__, (layer_class,), names)
 

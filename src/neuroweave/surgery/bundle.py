@@ -25,7 +25,7 @@ DROPPED_IMPORTS = ("neuroweave", "jaxtyping", "__future__")
 
 @functools.cache
 def bundle() -> str:
-    """The text of the modelling file: the modules' sources one after the other, their imports of each other left out."""
+    """The modelling file: the modules' sources one after the other, their imports of each other left out."""
     parts = [
         f'"""Made by neuroweave {__version__}: what AutoModel needs to load this checkpoint without the package.\n\n'
         f'Apache-2.0. Joined from the package\'s own modules; edit those, not this file.\n"""\n',

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from neuroweave.activations.mixtures import NeuronMixture
-from neuroweave.surgery.apply import ActivatedProjection, Undo, apply_plan
+from neuroweave.surgery.apply import ActivatedProjection, Undo, apply_plan, once
 
 KEY = MODEL_TYPE = "neuroweave"
 ARCHITECTURE = "NeuroweaveForCausalLM"
@@ -114,7 +114,7 @@ class PatchedConfig:
 
 
 class NeuroweaveConfig(PreTrainedConfig):
-    """The way in: `from_dict` gives the original family's config, as a subclass that carries the recipe and its plan."""
+    """The way in: `from_dict` gives the original family's config, as a subclass that carries recipe and plan."""
 
     model_type = MODEL_TYPE
 
@@ -151,8 +151,8 @@ def release(config: PreTrainedConfig) -> None:
     config.__class__ = type(config).__mro__[2]
 
 
-@functools.cache
-def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+@once
+def config_class(base: type[Any]) -> type[Any]:
     names = {"model_type": MODEL_TYPE, "__module__": __name__}
     return type(f"Neuroweave{base.__name__}", (PatchedConfig, base), names)
 
@@ -166,7 +166,7 @@ class PatchedModel:
     _neuroweave_undo: list[Undo]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._neuroweave_undo = apply_plan(self, *plan_for(self, config.neuroweave))  # type: ignore[arg-type]
 
     @classmethod
@@ -187,7 +187,9 @@ class PatchedModel:
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         kwargs["config"] = cls._family_config(kwargs.get("config"))
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        ours = {name for name, module in model.named_modules() if isinstance(module, NeuronMixture | ActivatedProjection)}
+        ours = {
+            name for name, module in model.named_modules() if isinstance(module, NeuronMixture | ActivatedProjection)
+        }
         missing = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] in ours)
         if missing:
             raise ValueError(
@@ -213,7 +215,7 @@ class PatchedModel:
 
 
 def plan_for(model: PreTrainedModel, entry: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The plan and the path prefix to take off for this class: none for the class it was made on, else the base model's.
+    """The plan, and the path prefix to take off: none for the class it was made on, else the base model's.
 
     Raises ValueError for a plan that a model without output projection would drop.
     """
@@ -229,9 +231,9 @@ def plan_for(model: PreTrainedModel, entry: dict[str, Any]) -> tuple[list[dict[s
     return entry["plan"], prefix
 
 
-@functools.cache
-def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The patched class of a family's model class; weights are renamed on loading and saving as for the family's own."""
+@once
+def model_class(base: type[Any], config: type[Any]) -> type[Any]:
+    """The patched class of a family's model class; weights are renamed on loading and saving as in the family's."""
     name = f"Neuroweave{base.__name__}"
     family = config.__mro__[2].model_type  # type: ignore[attr-defined]
     conversions = get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(family)
@@ -240,8 +242,8 @@ def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> 
     return type(name, (PatchedModel, base), {"config_class": config, "__module__": __name__})
 
 
-@functools.cache
-def register_family(base: type[PreTrainedConfig], class_name: str) -> None:
+@once
+def register_family(base: type[Any], class_name: str) -> None:
     """Tell the Auto classes which patched classes belong to a family's patched config.
 
     `class_name`: the family's class that was patched, for text models that AutoModelForCausalLM itself does not list.
@@ -258,7 +260,7 @@ def register_family(base: type[PreTrainedConfig], class_name: str) -> None:
 def family_model(auto: type, config: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
     """The class that an Auto class would use for a family's config, or None."""
     mapping = auto._model_mapping  # type: ignore[attr-defined]
-    found = mapping[config] if config in mapping else None
+    found = mapping.get(config, None)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -306,12 +308,13 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     """Families' patched classes by name (`NeuroweaveLlamaForCausalLM`), so that pickles find them again."""
-    base = getattr(transformers, name.removeprefix("Neuroweave"), None) if name.startswith("Neuroweave") else None
+    base: Any = getattr(transformers, name.removeprefix("Neuroweave"), None) if name.startswith("Neuroweave") else None
     if base is None or not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(base, PreTrainedConfig):
         return config_class(base)
-    return model_class(base, config_class(base.config_class))
+    family: Any = base
+    return model_class(family, config_class(family.config_class))
 
 
 if __name__ == "neuroweave.surgery.modeling":  # not in a checkpoint's copy: that one speaks for its checkpoint alone

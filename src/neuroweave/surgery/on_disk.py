@@ -63,7 +63,10 @@ def patch_checkpoint(
         refuse_unpatchable(model)
         resolution = resolve(model, recipe)
         entry = entry_for(model, recipe, resolution)
-        entry["base"] |= {"model_type": model_type, "architectures": plain.get("architectures") or [type(model).__name__]}
+        entry["base"] |= {
+            "model_type": model_type,
+            "architectures": plain.get("architectures") or [type(model).__name__],
+        }
         entry["source"] = {"files": fingerprints(source, checkpoint)}
         apply_plan(model, resolution.plan)
         added = stored_names(mixture_tensors(model), model, checkpoint)
@@ -81,9 +84,13 @@ def patch_checkpoint(
 def refuse_config(source: Path, plain: dict[str, Any]) -> None:
     if KEY in plain:
         name = plain[KEY].get("recipe", {}).get("name", "?")
-        raise ValueError(f"{source}: already patched (recipe {name!r}); patch the original, with all changes in one recipe")
+        raise ValueError(
+            f"{source}: already patched (recipe {name!r}); patch the original, with all changes in one recipe"
+        )
     if "auto_map" in plain:
-        raise ValueError(f"{source}: the model needs its own remote code; only families that transformers knows can be patched")
+        raise ValueError(
+            f"{source}: the model needs its own remote code; only families that transformers knows can be patched"
+        )
 
 
 def skeleton(source: Path, config: PreTrainedConfig) -> PreTrainedModel:
@@ -94,7 +101,9 @@ def skeleton(source: Path, config: PreTrainedConfig) -> PreTrainedModel:
         except (ValueError, KeyError) as error:
             named = getattr(transformers, (config.architectures or [""])[0], None)  # text models without an Auto entry
             if named is None or not issubclass(named, PreTrainedModel) or "CausalLM" not in named.__name__:
-                raise ValueError(f"{source}: no causal language model can be built from config.json: {error}") from error
+                raise ValueError(
+                    f"{source}: no causal language model can be built from config.json: {error}"
+                ) from error
             return named(config)
 
 
@@ -113,7 +122,7 @@ def mixture_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def stored_names(tensors: dict[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors under the names that this checkpoint's own convention gives (with or without the base model's prefix)."""
+    """The tensors under the names of this checkpoint's own convention (with or without the base model's prefix)."""
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in checkpoint):
         return tensors
@@ -121,7 +130,7 @@ def stored_names(tensors: dict[str, Tensor], model: PreTrainedModel, checkpoint:
 
 
 def fingerprints(source: Path, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """File -> size in bytes and SHA-256 of its safetensors header (of the whole file for config.json): seconds, not hours."""
+    """File -> size and SHA-256 of its safetensors header (of all of config.json): takes no time at any size."""
     config = (source / "config.json").read_bytes()
     found = {"config.json": {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}}
     for name, header in checkpoint.shards.items():
@@ -132,7 +141,7 @@ def fingerprints(source: Path, checkpoint: Checkpoint) -> dict[str, dict[str, An
 
 
 def place_shards(checkpoint: Checkpoint, folder: Path, added: dict[str, Tensor], *, copy: bool) -> int:
-    """Put the source's shards into the folder, and the added tensors in one shard more; returns how many were linked."""
+    """Put the source's shards into the folder, and added tensors in one shard more; returns how many were linked."""
     names = list(checkpoint.shards)
     targets = dict(zip(names, names, strict=True))
     if added:
@@ -177,5 +186,3 @@ def place_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / name, folder / name)
     return left_out
-
-

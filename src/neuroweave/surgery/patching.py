@@ -56,7 +56,7 @@ def patch(model: PreTrainedModel, recipe: RecipeLike) -> Patch:
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Make a patched model, loaded or patched in memory, the original again. Raises ValueError when it is not patched."""
+    """Make a patched model, loaded or patched in memory, the original again. Raises ValueError when it is not one."""
     if not isinstance(model, PatchedModel):
         raise ValueError(f"{type(model).__name__} is not a patched model")
     for undo in model._neuroweave_undo:
@@ -92,16 +92,22 @@ def entry_for(model: PreTrainedModel, recipe: Recipe, resolution: Resolution) ->
 def refuse_unpatchable(model: PreTrainedModel) -> None:
     """Raise ValueError for models in which a patch would be impossible, or silently without effect."""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"patch takes a transformers model, got {type(model).__name__}; patch before wrapping it (PEFT, DDP)")
+        raise ValueError(
+            f"patch takes a transformers model, got {type(model).__name__}; patch before wrapping it (PEFT, DDP)"
+        )
     if isinstance(model, PatchedModel):
         name = model.config.neuroweave.get("recipe", {}).get("name", "?")
-        raise ValueError(f"the model is already patched (recipe {name!r}); undo that first, or put both into one recipe")
+        raise ValueError(
+            f"the model is already patched (recipe {name!r}); undo that first, or put both into one recipe"
+        )
     if hasattr(model.config, KEY) or hasattr(model.config, "auto_map"):
-        raise ValueError("the model needs its own remote code; only families that transformers itself knows can be patched")
+        raise ValueError(
+            "the model needs its own remote code; only families that transformers itself knows can be patched"
+        )
     for name, module in model.named_modules():
         forward = vars(module).get("forward", type(module).forward)
         if (getattr(forward, "__module__", None) or "").startswith("liger_kernel"):
             raise ValueError(
-                f"{name}: its forward was replaced by Liger's, which hard-codes the activation and would drop the patch "
-                f"without a word; load the model without use_liger_kernel"
+                f"{name}: its forward was replaced by Liger's, which hard-codes the activation and would drop the "
+                f"patch without a word; load the model without use_liger_kernel"
             )

@@ -61,7 +61,9 @@ def resolve(model: PreTrainedModel, recipe: Recipe) -> Resolution:
     )
 
 
-def select(site: str, edit: SiteEdit, places: dict[str, list[Place]], count: int, model: PreTrainedModel) -> list[Place]:
+def select(
+    site: str, edit: SiteEdit, places: dict[str, list[Place]], count: int, model: PreTrainedModel
+) -> list[Place]:
     """The places of one site in the layers that were asked for."""
     if site not in places:
         raise ValueError(f"{model.config.model_type} has no site {site}; it has: {describe_sites(places)}")
@@ -89,7 +91,7 @@ def within(places: list[Place], edit: SiteEdit, count: int) -> list[Place]:
 
 
 def refuse_parameters(model: PreTrainedModel, place: Place, activation: ActivationSpec) -> None:
-    """Raise ValueError for `original` inside a mixture where the original has weights: they would change their names."""
+    """Raise ValueError for `original` inside a mixture where it has weights: they would change their names."""
     if not isinstance(activation, dict) or place.op != "activation":
         return
     members = activation.get("segments") or activation.get("mixture", {}).get("members", [])

@@ -73,7 +73,9 @@ def activation_spec(value: Any) -> str | dict[str, Any]:
             return {"mixture": mixture_settings(settings)}
         if kind != "swish_beta":
             known = ("segments", "mixture", "swish_beta")
-            raise ValueError(f"{kind!r} is not a kind of activation{nearest(str(kind), known)}; known: {', '.join(known)}")
+            raise ValueError(
+                f"{kind!r} is not a kind of activation{nearest(str(kind), known)}; known: {', '.join(known)}"
+            )
     return member_spec(value)
 
 
@@ -165,8 +167,8 @@ class SiteEdit(BaseModel):
         description=f"a site or a list of sites: {', '.join(SITES)}; or `{EVERYWHERE}`, every site that the model has"
     )
     activation: ActivationField = Field(
-        description="a name; several joined by | (even segments); {segments: [..]}; {mixture: {members: [..]}} (learned "
-        "per neuron); {swish_beta: number}; `original` is the model's own"
+        description="a name; several joined by | (even segments); {segments: [..]}; {mixture: {members: [..]}} "
+        "(learned per neuron); {swish_beta: number}; `original` is the model's own"
     )
     layers: Annotated[Literal["all"] | str | list[int], BeforeValidator(layer_selection)] = Field(
         default="all", description='"all", a list of numbers, a range (4-9), or "every 2nd from 1"'
@@ -186,7 +188,9 @@ class Recipe(BaseModel):
     def parse(cls, value: Any, *, source: str = "recipe") -> Recipe:
         """From plain data. Raises ValueError that says where, what came, and what is known."""
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}; got {value!r}")
+            raise ValueError(
+                f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}; got {value!r}"
+            )
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -220,7 +224,9 @@ def explain(error: ValidationError) -> str:
     where = ".".join(place)
     if problem["type"] == "extra_forbidden":
         known = (SiteEdit if place else Recipe).model_fields
-        return f"key {key!r}{' in ' + where if where else ''} is not known{nearest(key, known)}; known: {', '.join(known)}"
+        return (
+            f"key {key!r}{' in ' + where if where else ''} is not known{nearest(key, known)}; known: {', '.join(known)}"
+        )
     message = problem["msg"].removeprefix("Value error, ")
     return f"{'.'.join([*place, key])}: {message}"
 

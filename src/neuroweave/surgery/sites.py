@@ -29,8 +29,19 @@ ROLES = {
     "attention.o": ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attention_out", "o_b_proj", "Wo"),
     "mlp.gate": ("gate_proj", "w1", "proj_up_gate", "wi_0", "linear_gate", "w_0"),
     "mlp.up": ("up_proj", "w3", "proj_up", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "wi", "wi_1", "v1", "w_1", "lin1"),
-    "mlp.down": ("down_proj", "w2", "proj_down", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "Wo", "lin2")
-    + ("output_linear",),
+    "mlp.down": (
+        "down_proj",
+        "w2",
+        "proj_down",
+        "c_proj",
+        "fc2",
+        "fc_out",
+        "dense_4h_to_h",
+        "wo",
+        "Wo",
+        "lin2",
+        "output_linear",
+    ),
 }
 FUSED_QKV = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
 QKV_IN_ORDER = ("qkv_proj", "Wqkv", "c_attn")  # the whole of q, then k, then v; others interleave them by head
@@ -40,7 +51,7 @@ NOT_AN_MLP = ("conv1d", "conv_1d", "conv", "per_layer_input_gate", "A_log", "oga
 NOT_IN_AN_MLP = ("norm", "attn", "attention")
 SIDE_PATHS = ("router", "vision", "visual", "image", "img", "audio", "speech", "indexer", "compressor")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_func", "gelu_impl")
-ACTIVATION_TYPES = tuple(
+ACTIVATION_TYPES: tuple[Any, ...] = tuple(
     {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     | {nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus, nn.Hardswish, nn.Mish, nn.LeakyReLU}
     | {Activation, SegmentMixture, NeuronMixture}
@@ -92,7 +103,7 @@ def find_sites(model: PreTrainedModel) -> dict[str, list[Place]]:
 
 
 def decoder_stacks(model: PreTrainedModel) -> list[tuple[str, list[nn.Module]]]:
-    """(path, layers) of the list of decoder layers with the most parameters, and of the other lists of the same blocks."""
+    """(path, layers) of the list of decoder layers with the most parameters, and of other lists of the same blocks."""
     names = {id(module): name for name, module in model.named_modules()}
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
@@ -179,7 +190,9 @@ def mlp_places(model: PreTrainedModel, block: nn.Module, path: str, number: int)
     roles = mlp_roles(held)
     activations = activation_attributes(block)
     widens = any(outputs > inputs for inputs, outputs in held.values())
-    if not activations and {"mlp.down", "mlp.up"} <= set(roles) | ({"mlp.up"} if set(held) & set(FUSED_GATE_UP) else set()):
+    if not activations and {"mlp.down", "mlp.up"} <= set(roles) | (
+        {"mlp.up"} if set(held) & set(FUSED_GATE_UP) else set()
+    ):
         yield Place("mlp", "", path, number, None, "")  # computes its activation inside its own forward
     elif not activations or not (roles or widens):
         return
@@ -254,7 +267,9 @@ def attention_places(model: PreTrainedModel, block: nn.Module, path: str, number
     held = projections(block)
     names = {site: [name for name in ROLES[site] if name in held] for site in ROLES if site.startswith("attention")}
     fused = next((name for name in FUSED_QKV if name in held), None)
-    if fused is None and not (names["attention.q"] and (names["attention.k"] or "kv_b_proj" in held or names["attention.o"])):
+    if fused is None and not (
+        names["attention.q"] and (names["attention.k"] or "kv_b_proj" in held or names["attention.o"])
+    ):
         return
     for site, candidates in names.items():
         if candidates and not (fused and site != "attention.o"):
@@ -301,4 +316,3 @@ def describe_sites(places: dict[str, list[Place]]) -> str:
         site if site not in LAYER_SITES else f"{site} ({len({place.layer for place in found})} layers)"
         for site, found in places.items()
     )
-
