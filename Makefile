@@ -21,7 +21,7 @@ demo: setup
 	@$(BIN)/python -m examples.demo --out demo
 
 test: setup
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

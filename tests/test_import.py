@@ -42,7 +42,12 @@ ODD_TEXT = [
     "!!!???...---___",
 ]
 WORDS = "The quick brown fox, born in 1987, jumped over 3 lazy dogs; then it slept until 07:45."
-torch.set_grad_enabled(False)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
 
 
 def files_in(folder):

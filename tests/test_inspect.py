@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from neuroweave import patch_checkpoint
 from neuroweave.checkpoint import ShardWriter, TensorSpec, describe_checkpoint, plan_shards
 from neuroweave.checkpoint.describe import layer_groups
 from neuroweave.checkpoint.header import build_header
+from neuroweave.checkpoint.sealed import seal
 from neuroweave.checkpoint.writer import write_index
 
 _PRINT = "import sys; from neuroweave.cli.main import main\ntry: main({arguments!r})\nfinally:\n    {then}"
@@ -130,20 +132,6 @@ def test_people_see_groups_of_equal_layers(smollm2, gemma3):
     assert [row[3] for row in rows] == ["sliding attention (512)", "full attention"] * 3
 
 
-def patched(config, sites):
-    """A configuration as a patched checkpoint has it."""
-    base = {
-        "model_type": config["model_type"],
-        "architectures": config["architectures"],
-        "fields": {"hidden_act": "silu"},
-    }
-    note = {"version": 1, "base": base, "recipe": {"name": "mine", "sites": sites}}
-    return config | {
-        "model_type": "neuroweave", "architectures": ["NeuroweaveForCausalLM"], "hidden_act": "neuroweave",
-        "neuroweave": note,
-    }  # fmt: skip
-
-
 def llama_specs(layers=4):
     specs = [TensorSpec("model.embed_tokens.weight", "F32", (99, 32))]
     for layer in range(layers):
@@ -162,35 +150,50 @@ LLAMA_CONFIG = {
 }
 
 
-def test_recipes_are_shown(tmp_path):
-    mixture = {"kind": "segments", "parts": ["relu", "silu"]}
-    sites = [
-        {"site": "mlp", "activation": "phantom", "layers": "all"},
-        {"site": "mlp", "activation": mixture, "layers": [1, 2]},
-        {"site": "head", "activation": "silu_tanh", "layers": "all"},
-    ]
-    sparse_checkpoint(tmp_path / "m", plan_shards(llama_specs()), patched(LLAMA_CONFIG, sites))
+def test_sizes_are_the_tensors_own(tmp_path):
+    sparse_checkpoint(tmp_path / "m", plan_shards(llama_specs()), LLAMA_CONFIG)
     found = describe_checkpoint(tmp_path / "m")
+    assert [layer["mlp"][0]["intermediate"] for layer in found["layers"]] == [40, 41, 42, 43]
+
+
+def test_recipes_are_shown(tmp_path):
+    families.tiny_model("llama").save_pretrained(tmp_path / "original")
+    sites = [
+        {"site": "mlp", "activation": "phantom"},
+        {"site": "mlp", "activation": "relu|silu", "layers": [1]},
+        {"site": "head", "activation": "silu_tanh"},
+    ]
+    patch_checkpoint(tmp_path / "original", tmp_path / "m", {"name": "mine", "sites": sites})
+    found, original = describe_checkpoint(tmp_path / "m"), describe_checkpoint(tmp_path / "original")
     assert (found["model_type"], found["architectures"]) == ("llama", ["LlamaForCausalLM"])
-    assert found["base_activation"] == "silu"
-    assert found["recipe"] == {"name": "mine", "sites": sites}
-    assert [layer["activation"] for layer in found["layers"]] == ["phantom", mixture, mixture, "phantom"]
-    assert [layer["mlp"][0]["intermediate"] for layer in found["layers"]] == [40, 41, 42, 43], "sizes are the tensors'"
+    assert found["base_activation"] == original["base_activation"] == "silu"
+    assert found["recipe"]["name"] == "mine"
+    assert [layer["activation"] for layer in original["layers"]] == ["silu", "silu"]
+    assert [layer["activation"] for layer in found["layers"]] == ["phantom", {"segments": ["relu", "silu"]}]
     lines = run_inspect(tmp_path / "m")[0].stdout.splitlines()
     assert "recipe mine, applied to a model with silu:" in lines
-    assert "  mlp: phantom (all layers)" in lines
-    assert f"  mlp: {json.dumps(mixture)} (layers 1, 2)" in lines
-    assert "  head: silu_tanh (all layers)" in lines
+    assert "  mlp: phantom (layers: all)" in lines
+    assert "  mlp: relu|silu (layers: 1)" in lines
+    assert "  head: silu_tanh (layers: all)" in lines
 
 
-def test_recipe_restores_nested_fields(tmp_path):
-    config = patched(GEMMA4_CONFIG, [])
-    config["neuroweave"]["base"]["fields"] = {"text_config.hidden_activation": "gelu_pytorch_tanh"}
-    config["text_config"] = config["text_config"] | {"hidden_activation": "neuroweave"}
-    config.pop("hidden_act")
+def test_nested_fields_are_restored(tmp_path):
+    plain = GEMMA4_CONFIG | {"neuroweave": {"version": 1, "base": {"model_type": "gemma4", "architectures": ["G"]}}}
+    config = seal(plain, {"gelu_pytorch_tanh"})
+    assert "gelu_pytorch_tanh" not in json.dumps(config["text_config"])
     sparse_checkpoint(tmp_path / "m", plan_shards(gemma4_31b_specs()[:9], "50GB"), config)
     assert describe_checkpoint(tmp_path / "m")["base_activation"] == "gelu_pytorch_tanh"
-    config["text_config"]["hidden_activation"] = "neuroweave"
+
+
+@pytest.mark.parametrize(
+    "entry", [{"version": 1}, {"version": 2, "base": {}}, [], {"version": 1, "base": {"fields": {"a.b": 1}}}]
+)
+def test_a_broken_entry_is_an_error(tmp_path, entry):
+    sparse_checkpoint(
+        tmp_path / "m", plan_shards(gemma4_31b_specs()[:9], "50GB"), GEMMA4_CONFIG | {"neuroweave": entry}
+    )
+    with pytest.raises(ValueError, match=r"config\.json: (patched in format|the 'neuroweave' entry)"):
+        describe_checkpoint(tmp_path / "m")
 
 
 # family: (MLPs of each layer, in a row for every kind of layer); sizes are those of `families`

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2CLS
 
 from neuroweave import patch, patch_checkpoint
 from neuroweave.checkpoint.reader import Checkpoint
+from neuroweave.checkpoint.sealed import seal, unseal
 from neuroweave.surgery import on_disk
-from neuroweave.surgery.modeling import seal, unseal
 
 PHANTOM = {"sites": [{"site": "mlp", "activation": "phantom"}]}
 
@@ -89,7 +90,7 @@ def test_the_config_names_nothing_that_an_engine_would_run_unpatched(original, t
     assert "silu" not in outside
     assert "Llama" not in outside
     assert unseal(config) == before
-    assert seal(unseal(config) | {"neuroweave": entry}) == config
+    assert seal(unseal(config) | {"neuroweave": entry}, ACT2CLS) == config
     assert entry["recipe"]["sites"][0]["activation"] == "phantom"
     assert set(entry["source"]["files"]) == {"config.json", "model.safetensors"}
 

@@ -7,9 +7,10 @@ function here and its name to the table at the end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Primitives(Protocol):
     """The elementwise functions that a framework has to supply, each array -> array of the same shape."""
 

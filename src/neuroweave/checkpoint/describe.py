@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neuroweave.checkpoint.header import DTYPE_NAMES
 from neuroweave.checkpoint.layers import MLP, attention_kind, find_embedding, find_mlps, find_stacks, has_head
 from neuroweave.checkpoint.reader import Checkpoint
+from neuroweave.checkpoint.sealed import KEY, unseal
 
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "activation", "ffn_act", "ffn_act_fn")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
-RECIPE_KEY = "neuroweave"
 
 
 def describe_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with Checkpoint(folder, allow_orphans=True) as checkpoint:
         stored = checkpoint.config()
-        config, recipe = base_config(stored)
+        config, recipe, plan = base_config(stored)
         text = text_config(config)
         tensors = list(checkpoint.values())
         embedding, stacks = find_embedding(tensors), find_stacks(tensors)
@@ -40,7 +39,7 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 {
                     "layer": number,
                     "mlp": [_mlp(mlp) for mlp in mlps],
-                    "activation": activation_after(recipe, number, activation) if mlps else None,
+                    "activation": activation_after(plan, number, activation) if mlps else None,
                     "attention": attention_kind(number, layer, text),
                     "parameters": sum(tensor.parameters for tensor in layer.values()),
                 }
@@ -75,27 +74,12 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
         }
 
 
-def base_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The configuration before a recipe was applied, and the recipe (None for an unpatched checkpoint)."""
-    restored = copy.deepcopy(dict(config))
-    note = restored.pop(RECIPE_KEY, None)
-    if not isinstance(note, dict):
-        return restored, None
-    base = note.get("base") if isinstance(note.get("base"), dict) else {}
-    assert isinstance(base, dict)
-    for key in ("model_type", "architectures"):
-        if key in base:
-            restored[key] = base[key]
-    for path, value in (base.get("fields") or {}).items():
-        *parents, last = str(path).split(".")
-        place: Any = restored
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"config.json: {RECIPE_KEY}.base.fields names {path!r}, but {parent!r} is no object")
-        place[last] = value
-    recipe = note.get("recipe")
-    return restored, recipe if isinstance(recipe, dict) else {}
+def base_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]:
+    """The configuration before a recipe was applied, the recipe (None for an unpatched checkpoint), and its plan."""
+    if KEY not in config:
+        return dict(config), None, []
+    entry = config[KEY]
+    return unseal(dict(config)), entry.get("recipe", {}), entry.get("plan", [])
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,21 +102,22 @@ def activation_name(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def activation_after(recipe: Mapping[str, Any] | None, layer: int, base: str | None) -> Any:
-    """The MLP activation of a layer after a recipe: the last site that names it, else the base model's."""
-    result: Any = base
-    for site in (recipe or {}).get("sites") or ():
-        if isinstance(site, dict) and site.get("site") == "mlp":
-            layers = site.get("layers", "all")
-            if layers == "all" or (isinstance(layers, list) and layer in layers):
-                result = site.get("activation")
-    return result
+def activation_after(plan: Sequence[Mapping[str, Any]], layer: int, base: str | None) -> Any:
+    """The MLP activation of a layer after a recipe's plan: what was put in its place, else the base model's."""
+    for edit in plan:
+        if edit.get("op") == "activation" and layer in edit.get("layers", ()):
+            return edit.get("activation")
+    return base
 
 
 def activation_text(activation: Any) -> str:
-    """An activation in a table's cell."""
+    """An activation in a table's cell, in a recipe's short form."""
     if activation is None:
         return "?"
+    if isinstance(activation, dict) and "segments" in activation:
+        return "|".join(map(activation_text, activation["segments"]))
+    if isinstance(activation, dict) and "mixture" in activation:
+        return f"mixture of {', '.join(map(activation_text, activation['mixture']['members']))}"
     return activation if isinstance(activation, str) else json.dumps(activation, ensure_ascii=False)
 
 

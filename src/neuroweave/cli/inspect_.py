@@ -46,8 +46,8 @@ def _show_recipe(recipe: dict[str, Any], base: str, text: Any) -> None:
     click.echo(f"recipe {recipe.get('name') or '(unnamed)'}, applied to a model with {base}:")
     for site in recipe.get("sites") or ():
         layers = site.get("layers", "all")
-        where = "all layers" if layers == "all" else "layers " + ", ".join(map(str, layers))
-        click.echo(f"  {site.get('site')}: {text(site.get('activation'))} ({where})")
+        where = layers if isinstance(layers, str) else ", ".join(map(str, layers))
+        click.echo(f"  {', '.join(site['site'])}: {text(site.get('activation'))} (layers: {where})")
 
 
 def _count(number: int) -> str:

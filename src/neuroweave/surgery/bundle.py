@@ -16,6 +16,7 @@ MODULES = (
     ("activations", "formulas.py"),
     ("activations", "torch.py"),
     ("activations", "mixtures.py"),
+    ("checkpoint", "sealed.py"),
     ("surgery", "apply.py"),
     ("surgery", "modeling.py"),
 )

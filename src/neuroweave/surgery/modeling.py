@@ -10,7 +10,6 @@ with the plan applied. Those classes are subclasses made here: the library's own
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,73 +21,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from neuroweave.activations.mixtures import NeuronMixture
+from neuroweave.checkpoint.sealed import ARCHITECTURE, KEY, MODEL_TYPE, MODELING_FILE, seal, unseal
 from neuroweave.surgery.apply import ActivatedProjection, Undo, apply_plan, once
 
-KEY = MODEL_TYPE = "neuroweave"
-ARCHITECTURE = "NeuroweaveForCausalLM"
-FORMAT_VERSION = 1
-MODELING_FILE = "modeling_neuroweave.py"
-
-
 # ---------------------------------------------------------------------------------------------------------- config
-
-
-def seal(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a patched model, from its plain fields and its `neuroweave` entry.
-
-    Whatever names an architecture or an activation is replaced by a name that no engine knows, and kept in the entry.
-    """
-    sealed = copy.deepcopy(config)
-    entry = sealed[KEY]
-    fields: dict[str, Any] = {}
-    for path, owner, name in activation_fields(sealed):
-        fields[path] = owner[name]
-        owner[name] = MODEL_TYPE
-    if "hidden_act" not in sealed:
-        fields["hidden_act"] = None  # the family has no such key: it is dropped again on loading
-        sealed["hidden_act"] = MODEL_TYPE
-    entry["base"]["fields"] = fields
-    sealed["model_type"] = MODEL_TYPE
-    sealed["architectures"] = [ARCHITECTURE]
-    sealed["auto_map"] = {"AutoConfig": f"{MODELING_FILE.removesuffix('.py')}.NeuroweaveConfig"}
-    for auto_class, front in (("AutoModel", NeuroweaveModel), ("AutoModelForCausalLM", NeuroweaveForCausalLM)):
-        sealed["auto_map"][auto_class] = f"{MODELING_FILE.removesuffix('.py')}.{front.__name__}"
-    return sealed
-
-
-def unseal(config: dict[str, Any]) -> dict[str, Any]:
-    """The plain fields of the original family, from a patched model's config.json; the inverse of `seal`."""
-    entry = config[KEY]
-    version = entry.get("version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"this checkpoint was patched in format {version}, this code reads format {FORMAT_VERSION}; "
-            f"update neuroweave (or load with the neuroweave that wrote it)"
-        )
-    plain = copy.deepcopy({key: value for key, value in config.items() if key not in (KEY, "auto_map")})
-    for path, value in entry["base"].get("fields", {}).items():
-        *parents, name = path.split(".")
-        owner = functools.reduce(lambda node, key: node[key], parents, plain)
-        if value is None:
-            owner.pop(name, None)
-        else:
-            owner[name] = value
-    plain["model_type"] = entry["base"]["model_type"]
-    plain["architectures"] = entry["base"]["architectures"]
-    return plain
-
-
-def activation_fields(config: dict[str, Any], path: str = "") -> list[tuple[str, dict[str, Any], str]]:
-    """(dotted path, owning dict, key) of every field of the text model that names an activation function."""
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict) and key not in (KEY, "vision_config", "audio_config"):
-            found += activation_fields(value, f"{path}{key}.")
-            if "act" in key and value.get("name") in ACT2CLS:  # DBRX: ffn_act_fn: {name: silu}
-                found.append((f"{path}{key}.name", value, "name"))
-        elif isinstance(value, str) and value in ACT2CLS and ("act" in key or key == "afn"):
-            found.append((f"{path}{key}", config, key))
-    return found
 
 
 class PatchedConfig:
@@ -106,7 +42,7 @@ class PatchedConfig:
         plain = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
         if KEY not in plain:  # a default instance, made by transformers to compare with
             return json.dumps(plain)
-        return json.dumps(seal(plain), indent=2, sort_keys=True) + "\n"
+        return json.dumps(seal(plain, ACT2CLS), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]

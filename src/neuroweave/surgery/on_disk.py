@@ -14,15 +14,17 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2CLS
 
 from neuroweave.activations.mixtures import NeuronMixture
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.loading import check_source
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
+from neuroweave.checkpoint.sealed import KEY, MODELING_FILE, seal
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.checkpoint.writer import Shard, ShardWriter, dtype_code, write_index
 from neuroweave.surgery.apply import apply_plan
-from neuroweave.surgery.modeling import KEY, MODELING_FILE, modeling_source, seal
+from neuroweave.surgery.modeling import modeling_source
 from neuroweave.surgery.patching import RecipeLike, as_recipe, entry_for, refuse_unpatchable
 from neuroweave.surgery.plan import Resolution, resolve
 
@@ -74,7 +76,9 @@ def patch_checkpoint(
             check_free_space(folder, sum((source / shard).stat().st_size for shard in checkpoint.shards))
         linked = place_shards(checkpoint, folder, added, copy=copy)
         left_out = place_other_files(checkpoint, folder)
-        (folder / "config.json").write_text(json.dumps(seal(plain | {KEY: entry}), indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(seal(plain | {KEY: entry}, ACT2CLS), indent=2) + "\n", encoding="utf-8"
+        )
         (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         total = len(checkpoint.shards)
     parameters = sum(tensor.numel() for tensor in added.values())

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from neuroweave import __version__
+from neuroweave.checkpoint.sealed import FORMAT_VERSION, KEY
 from neuroweave.surgery.apply import apply_plan
-from neuroweave.surgery.modeling import FORMAT_VERSION, KEY, PatchedModel, adopt, model_class, release
+from neuroweave.surgery.modeling import PatchedModel, adopt, model_class, release
 from neuroweave.surgery.plan import Resolution, resolve
 from neuroweave.surgery.recipe import Recipe
 
