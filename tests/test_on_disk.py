@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.activations import ACT2CLS
 
 from neuroweave import patch, patch_checkpoint
@@ -115,6 +115,18 @@ def test_other_layouts_of_config_and_weights(family, tmp_path):
     assert torch.equal(logits(load(tmp_path / "again"), family), logits(model, family))
     with pytest.raises((KeyError, ValueError), match="neuroweave"):  # the family's own class must not take it
         type(model).__mro__[2].from_pretrained(tmp_path / "patched")
+
+
+def test_a_config_that_leaves_the_activation_to_its_default(tmp_path):
+    families.tiny_model("gpt2").save_pretrained(tmp_path / "original")
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    del config["activation_function"]
+    (tmp_path / "original" / "config.json").write_text(json.dumps(config))
+    patch_checkpoint(tmp_path / "original", tmp_path / "patched", PHANTOM)
+    assert unseal(json.loads((tmp_path / "patched" / "config.json").read_text())) == config
+    with pytest.raises(Exception, match="neuroweave"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "patched")
+    assert not torch.equal(logits(load(tmp_path / "patched"), "gpt2"), logits(load(tmp_path / "original"), "gpt2"))
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -15,6 +15,7 @@ KEY = MODEL_TYPE = "neuroweave"
 ARCHITECTURE = "NeuroweaveForCausalLM"
 FORMAT_VERSION = 1
 MODELING_FILE = "modeling_neuroweave.py"
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim_model")
 AUTO_CLASSES = {
     "AutoConfig": "NeuroweaveConfig",
     "AutoModel": "NeuroweaveModel",
@@ -32,6 +33,10 @@ def seal(config: dict[str, Any], activations: Container[str]) -> dict[str, Any]:
     for path, owner, name in activation_fields(sealed, activations):
         fields[path] = owner[name]
         owner[name] = MODEL_TYPE
+    if not fields:  # the activation is in the family's code, or left to its default: then the width must stop others
+        name = next((name for name in WIDTHS if isinstance(sealed.get(name), int)), None)
+        if name is not None:
+            fields[name], sealed[name] = sealed[name], MODEL_TYPE
     if "hidden_act" not in sealed:
         fields["hidden_act"] = None  # the family has no such key: it is dropped again on loading
         sealed["hidden_act"] = MODEL_TYPE
