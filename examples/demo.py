@@ -21,7 +21,7 @@ if not sys.stderr.isatty():
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 PATCHES = {"silu_tanh": "silu_tanh", "relu-silu": "relu|silu", "phantom": "phantom"}
-TOKENS, WINDOW = 4096, 512
+TOKENS, WINDOW = 4096, 256
 
 
 def run(*words: str | Path) -> None:
@@ -58,7 +58,7 @@ def show_texts(file: Path) -> None:
     generated = json.loads(file.read_text(encoding="utf-8"))["generated"][0]
     print(f"\nAfter {generated['prompt']!r}, greedily:")
     for continuation in generated["continuations"]:
-        print(f"  {continuation['model']:10} {' '.join(continuation['text'].split())[:150]}")
+        print(f"  {continuation['model']:10} {continuation['text'][:120]!r}")
 
 
 if __name__ == "__main__":
