@@ -67,12 +67,18 @@ def command(
         return
     click.echo(f"{out}: {chosen.name}")
     for site, count in result.resolution.layers.items():
-        click.echo(f"  {site}" + (f"  {count} layers" if count else ""))
-    click.echo(f"  {result.linked} shards hard-linked, {result.copied} copied; {result.added:,} parameters added")
+        click.echo(f"  {site}" + (f"  {counted(count, 'layer')}" if count else ""))
+    placed = [(result.linked, "hard-linked"), (result.copied, "copied")]
+    shards = ", ".join(f"{counted(number, 'shard')} {how}" for number, how in placed if number)
+    click.echo(f"  {shards}; {result.added:,} parameters added")
     if result.resolution.left_out:
         note(f"this model has no site {', '.join(result.resolution.left_out)}: left out of `everywhere`")
     if result.left_out:
         note(f"weights in other forms were left behind: {', '.join(result.left_out)}")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def recipe_from(recipe: str | None, shortcuts: dict[str, str | None], sites: tuple[str, ...], layers: str) -> Any:
