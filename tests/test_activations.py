@@ -136,6 +136,21 @@ def test_hard_mixture_runs_the_largest_logit_alone():
     assert torch.allclose(module(x), expected, atol=1e-7)
 
 
+def test_build_activation_passes_every_setting_on():
+    settings = {"members": ["silu", {"swish_beta": {"beta": 1.7}}], "neutral": 0, "start_logit": 3.0, "hard": True}
+    module = build_activation({"mixture": settings}, neurons=5)
+    assert (module.start_logit, module.hard, module.neutral) == (3.0, True, 0)
+    assert torch.equal(module.beta, torch.full((5,), 1.7))
+    assert torch.equal(module.gating_logits[:, 0], torch.full((5,), 3.0))
+    assert build_activation({"swish_beta": {"beta": 1.7}}).beta == 1.7
+
+
+def test_mixture_weights_are_float32_in_half_precision():
+    module = mixture().to(torch.bfloat16)
+    assert module.weights().dtype == torch.float32
+    assert module(torch.randn(3, 7, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_build_activation_keeps_the_original_module():
     original = torch.nn.SiLU()
     assert build_activation("original", original=original) is original

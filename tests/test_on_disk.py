@@ -180,6 +180,33 @@ def test_missing_shard(tmp_path):
     refused(tmp_path / "original", tmp_path / "out", PHANTOM, "which is not in the folder; fetch the missing file")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 5, r"asks for model\.layers\.2\..* \(and \d+ more\), which no shard holds"),
+        ("intermediate_size", 80, r"has shape \[40, 32\] in model.safetensors, but config.json asks for \[80, 32\]"),
+    ],
+)
+def test_config_and_weights_that_do_not_belong_together(original, tmp_path, field, value, message):
+    config = json.loads((original / "config.json").read_text()) | {field: value}
+    (original / "config.json").write_text(json.dumps(config))
+    refused(original, tmp_path / "out", PHANTOM, message)
+
+
+def test_weights_stored_without_the_base_models_prefix(tmp_path):
+    """As the first GPT-2 checkpoints are: `h.0.mlp...`; the mixture's own weights follow that convention."""
+    model = families.tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "original")
+    shard = tmp_path / "original" / "model.safetensors"
+    save_file(
+        {name.removeprefix("transformer."): value for name, value in load_file(shard).items()}, shard, {"format": "pt"}
+    )
+    patch_checkpoint(tmp_path / "original", tmp_path / "out", "learned-mixture")
+    assert "h.0.mlp.act.gating_logits" in Checkpoint(tmp_path / "out")
+    patch(model, "learned-mixture")
+    assert torch.equal(logits(load(tmp_path / "out"), "gpt2"), logits(model, "gpt2"))
+
+
 def test_already_patched(original, tmp_path):
     patch_checkpoint(original, tmp_path / "out", "phantom-mlp")
     refused(tmp_path / "out", tmp_path / "twice", PHANTOM, "already patched \\(recipe 'phantom-mlp'\\)")

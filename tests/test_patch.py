@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from neuroweave import patch, unpatch
 from neuroweave.activations.torch import Activation
+from neuroweave.surgery.apply import apply_plan
 from neuroweave.surgery.modeling import PatchedModel
 from neuroweave.surgery.recipe import SITES, shipped_recipes
 
@@ -228,6 +229,62 @@ def test_nothing_of_transformers_is_touched():
     patch(families.tiny_model("llama"), "phantom-everywhere")
     assert (layer.forward, mlp.forward, type(theirs).forward) == forwards
     assert torch.equal(logits(theirs), other)
+
+
+def test_a_plan_that_fails_half_way_changes_nothing():
+    model = families.tiny_model("llama")
+    modules = [id(module) for module in model.modules()]
+    plan = [
+        {"op": "activation", "path": "model.layers.{}.mlp.act_fn", "layers": [0, 1], "activation": "relu"},
+        {"op": "layer_input", "path": "model.layers.0", "activation": "tanh"},
+        {"op": "activation", "path": "model.layers.{}.mlp.gone", "layers": [0], "activation": "relu"},
+    ]
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM has no 'model.layers.0.mlp.gone', which the recipe changes"
+    ):
+        apply_plan(model, plan)
+    assert [id(module) for module in model.modules()] == modules
+
+
+def test_undo_restores_order_mode_and_config():
+    model = families.tiny_model("llama")
+    names = [name for name, _ in model.named_modules()]
+    architectures = model.config.architectures
+    handle = patch(model, "silu-tanh-everywhere")
+    model.train()
+    assert all(module.training for module in model.modules())
+    handle.undo()
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(module.training for module in model.modules())
+    assert model.config.architectures in (architectures, ["LlamaForCausalLM"])
+    patch(model.eval(), "silu-tanh-everywhere")
+    assert not any(module.training for module in model.modules())
+
+
+def test_everywhere_in_some_layers_leaves_embedding_and_head_alone():
+    model = families.tiny_model("llama")
+    handle = patch(model, recipe("everywhere", "tanh", layers=[1]))
+    assert set(handle.resolution.layers) == set(SITES) - {"embedding", "head"}
+    assert all(count == 1 for count in handle.resolution.layers.values())
+
+
+def test_a_layer_that_is_called_by_keyword():
+    model = families.tiny_model("llama")
+    layer = model.model.layers[0]
+    x = torch.randn(1, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = model.model.rotary_emb(x, torch.arange(3)[None])
+    expected = layer(x.tanh(), position_embeddings=positions)
+    with patch(model, recipe("embedding", "tanh")):
+        assert torch.equal(layer(hidden_states=x, position_embeddings=positions), expected)
+
+
+def test_the_neutral_member_is_the_one_that_equals_the_original():
+    model = families.tiny_model("llama")
+    with patch(model, recipe("mlp", {"mixture": ["relu", "swish_beta"]})):
+        assert model.model.layers[0].mlp.act_fn.neutral == 1
+    gemma = families.tiny_model("gemma3_text")
+    with pytest.raises(ValueError, match=r"equals the original there \(gelu_tanh\)"):
+        patch(gemma, recipe("mlp", {"mixture": ["relu", "swish_beta"]}))
 
 
 def test_a_patched_model_can_be_pickled():

@@ -98,14 +98,21 @@ def gguf_tokenizer(metadata: dict[str, Any]) -> GGUFTokenizer:
     if not tokens:
         raise ValueError("the GGUF file has no tokenizer (no tokenizer.ggml.tokens)")
     is_gemma = architecture.startswith("gemma")
-    if kind == "gpt2":
-        backend = _byte_level(metadata)
-    elif kind in ("llama", "gemma4"):
-        backend = _gemma(metadata, scored=kind == "gemma4") if is_gemma else _sentencepiece(metadata)
-    elif kind == "t5":
-        backend = _unigram(metadata)
-    else:
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not known; known are gpt2, llama, gemma4 and t5")
+    try:
+        if kind == "gpt2":
+            backend = _byte_level(metadata)
+        elif kind in ("llama", "gemma4"):
+            backend = _gemma(metadata, scored=kind == "gemma4") if is_gemma else _sentencepiece(metadata)
+        elif kind == "t5":
+            backend = _unigram(metadata)
+        else:
+            raise ValueError(f"tokenizer.ggml.model {kind!r} is not known; known are gpt2, llama, gemma4 and t5")
+    except Exception as error:
+        if type(error) is not Exception:  # what the tokenizers library raises for merges that do not fit
+            raise
+        raise ValueError(
+            f"the GGUF file's vocabulary and merges do not fit together ({error}); is it damaged?"
+        ) from error
     _add_marked_tokens(backend, metadata)
     special = {name: tokens[metadata[key]] for name, key in _SPECIAL_TOKENS.items() if _is_token(metadata, key)}
     _set_template(backend, metadata, special)

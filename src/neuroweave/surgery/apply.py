@@ -215,7 +215,7 @@ def edit_projection(model: nn.Module, path: str, edit: Edit) -> Undo:
     for part in edit.get("after", ()):
         new = build_activation(part["activation"], original=Activation("identity"), neurons=part.get("neurons"))
         after.append(ProjectionPart(new, part["start"], part["stop"]) if "start" in part else new)
-    return replace(parent, name, ActivatedProjection(old, before, after))
+    return replace(parent, name, ActivatedProjection(old, before, after).train(parent.training))
 
 
 def edit_layer_input(model: nn.Module, path: str, edit: Edit) -> Undo:

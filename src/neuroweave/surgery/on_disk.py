@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from neuroweave.activations.mixtures import NeuronMixture
 from neuroweave.checkpoint.header import TensorSpec
@@ -63,6 +64,7 @@ def patch_checkpoint(
         model_type = type(config).model_type
         model = skeleton(source, config)
         refuse_unpatchable(model)
+        refuse_misfit(source, model, checkpoint)
         resolution = resolve(model, recipe)
         entry = entry_for(model, recipe, resolution)
         entry["base"] |= {
@@ -97,6 +99,33 @@ def refuse_config(source: Path, plain: dict[str, Any]) -> None:
         )
 
 
+def refuse_misfit(source: Path, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise ValueError when config.json describes another model than the shards hold."""
+    wanted = dict(model.named_parameters())
+    prefix = "" if has_prefix(model, checkpoint) else f"{model.base_model_prefix}."
+    for name, tensor in wanted.items():
+        stored = checkpoint.tensors.get(name.removeprefix(prefix))
+        if stored is not None and stored.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{source}: {name} has shape {list(stored.shape)} in {stored.file}, but config.json asks for "
+                f"{list(tensor.shape)}; the two do not belong together"
+            )
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return  # stored under other names, which transformers maps on loading
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in wanted if name not in tied and name.removeprefix(prefix) not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"{source}: config.json asks for {missing[0]} (and {len(missing) - 1} more), which no shard holds; "
+            f"the two do not belong together, or a file is missing"
+        )
+
+
+def has_prefix(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's names carry the base model's prefix (`model.`), as the model's own do."""
+    return any(name.startswith(f"{model.base_model_prefix}.") for name in checkpoint)
+
+
 def skeleton(source: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights (on the meta device): its structure is all that a recipe needs."""
     with torch.device("meta"):
@@ -127,10 +156,9 @@ def mixture_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def stored_names(tensors: dict[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors under the names of this checkpoint's own convention (with or without the base model's prefix)."""
-    prefix = f"{model.base_model_prefix}."
-    if any(name.startswith(prefix) for name in checkpoint):
+    if has_prefix(model, checkpoint):
         return tensors
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in tensors.items()}
 
 
 def fingerprints(source: Path, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
