@@ -34,9 +34,8 @@ def seal(config: dict[str, Any], activations: Container[str]) -> dict[str, Any]:
         fields[path] = owner[name]
         owner[name] = MODEL_TYPE
     if not fields:  # the activation is in the family's code, or left to its default: then the width must stop others
-        name = next((name for name in WIDTHS if isinstance(sealed.get(name), int)), None)
-        if name is not None:
-            fields[name], sealed[name] = sealed[name], MODEL_TYPE
+        for width in [name for name in WIDTHS if isinstance(sealed.get(name), int)][:1]:
+            fields[width], sealed[width] = sealed[width], MODEL_TYPE
     if "hidden_act" not in sealed:
         fields["hidden_act"] = None  # the family has no such key: it is dropped again on loading
         sealed["hidden_act"] = MODEL_TYPE
