@@ -261,6 +261,16 @@ def test_undo_restores_order_mode_and_config():
     assert not any(module.training for module in model.modules())
 
 
+def test_new_parameters_follow_the_models_dtype_and_device():
+    model = families.tiny_model("llama").to(torch.bfloat16)
+    patch(model, "learned-mixture")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(families.tiny_config("llama"))
+    patch(empty, "learned-mixture")  # outside the context: its parameters would be on the CPU
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+
+
 def test_everywhere_in_some_layers_leaves_embedding_and_head_alone():
     model = families.tiny_model("llama")
     handle = patch(model, recipe("everywhere", "tanh", layers=[1]))

@@ -79,7 +79,8 @@ def base_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     if KEY not in config:
         return dict(config), None, []
     entry = config[KEY]
-    return unseal(dict(config)), entry.get("recipe", {}), entry.get("plan", [])
+    recipe, plan = entry.get("recipe"), entry.get("plan")
+    return unseal(dict(config)), recipe if isinstance(recipe, dict) else {}, plan if isinstance(plan, list) else []
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,14 @@ def replace(parent: nn.Module, name: str, new: nn.Module) -> Undo:
     return undo
 
 
+def beside(module: nn.Module, new: nn.Module) -> nn.Module:
+    """`new` on the device, in the dtype and in the mode of the module that it joins."""
+    weight = next(module.parameters(), None)
+    if weight is not None and any(True for _ in new.parameters()):
+        new = new.to(weight.device, weight.dtype if weight.is_floating_point() else None)
+    return new.train(module.training)
+
+
 @dataclass
 class LayerInput:
     """A layer was given an input activation; calling this takes it away."""
@@ -201,7 +209,7 @@ def edit_activation(model: nn.Module, path: str, edit: Edit) -> Undo:
     parent, name, old = locate(model, path)
     original = old if isinstance(old, nn.Module) else CalledActivation(old)
     new = build_activation(edit["activation"], original=original, neurons=edit.get("neurons"))
-    return replace(parent, name, new.train(parent.training))
+    return replace(parent, name, beside(parent, new))
 
 
 def edit_projection(model: nn.Module, path: str, edit: Edit) -> Undo:
@@ -215,7 +223,7 @@ def edit_projection(model: nn.Module, path: str, edit: Edit) -> Undo:
     for part in edit.get("after", ()):
         new = build_activation(part["activation"], original=Activation("identity"), neurons=part.get("neurons"))
         after.append(ProjectionPart(new, part["start"], part["stop"]) if "start" in part else new)
-    return replace(parent, name, ActivatedProjection(old, before, after).train(parent.training))
+    return replace(parent, name, beside(old, ActivatedProjection(old, before, after)).train(parent.training))
 
 
 def edit_layer_input(model: nn.Module, path: str, edit: Edit) -> Undo:
@@ -224,7 +232,7 @@ def edit_layer_input(model: nn.Module, path: str, edit: Edit) -> Undo:
         raise ValueError(f"{path}: its forward was already wrapped by something else; patch the model before that")
     new = build_activation(edit["activation"], original=Activation("identity"), neurons=edit.get("neurons"))
     old_class = type(layer)
-    layer.input_activation = new.train(layer.training)
+    layer.input_activation = beside(layer, new)
     layer.__class__ = with_input_activation(old_class)
     return LayerInput(layer, old_class)
 
