@@ -79,8 +79,9 @@ def base_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     if KEY not in config:
         return dict(config), None, []
     entry = config[KEY]
+    plain = unseal(dict(config))  # first: it refuses an entry of another form
     recipe, plan = entry.get("recipe"), entry.get("plan")
-    return unseal(dict(config)), recipe if isinstance(recipe, dict) else {}, plan if isinstance(plan, list) else []
+    return plain, recipe if isinstance(recipe, dict) else {}, plan if isinstance(plan, list) else []
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
