@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import click
+
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -64,7 +66,9 @@ def show_texts(file: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         sys.exit("\nstopped; what was finished is in place, nothing is half written")
+    except click.ClickException as error:
+        sys.exit(f"demo: {error.format_message()}")
     except (ValueError, OSError) as error:
         sys.exit(f"demo: {error}")

@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(exit_.exit_code)
     except (KeyboardInterrupt, click.Abort):
         fail("stopped", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         if debug:
             traceback.print_exc()
