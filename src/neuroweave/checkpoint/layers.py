@@ -57,6 +57,27 @@ class MLP:
         return f"{many}{self.kind} {'' if self.experts else 'MLP '}{self.hidden}->{self.intermediate}"
 
 
+@dataclass(frozen=True)
+class GatedProjections:
+    """The three matrices of a layer's dense gated MLP: `gate` and `up` `[m, d]`, `down` `[d, m]`, stored apart.
+
+    Neuron i is row i of gate and up and column i of down.
+    """
+
+    layer: int
+    gate: TensorSpec
+    up: TensorSpec
+    down: TensorSpec
+
+    @property
+    def hidden(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def intermediate(self) -> int:
+        return self.gate.shape[0]
+
+
 @dataclass
 class Stack:
     """Layers that share a prefix: for each number, the layer's tensors by the rest of their name."""
@@ -110,6 +131,36 @@ def find_mlps(layer: Mapping[str, TensorSpec], hidden: int) -> list[MLP]:
         if mlp:
             found.append(mlp)
     return sorted(found, key=lambda mlp: (mlp.experts, -mlp.intermediate))
+
+
+def find_projections(tensors: Iterable[TensorSpec]) -> tuple[list[GatedProjections], dict[int, str]]:
+    """The dense gated MLPs of the text decoder, and why the other layers' MLPs (or parts of them) are none.
+
+    Found by shape: gate and up are `[m, d]` and down is `[d, m]`. Experts, fused gate-up matrices and plain MLPs are
+    named in the second value with a reason for people; a layer may hold both a dense MLP and experts.
+    """
+    stacks = find_stacks(tensors)
+    found, others = [], {}
+    for number, layer in sorted(stacks[0].layers.items()) if stacks else ():
+        parents: dict[str, dict[str, TensorSpec]] = {}
+        for rest, tensor in layer.items():
+            parent, _, role = rest.removesuffix(".weight").rpartition(".")
+            if role in ("gate_proj", "up_proj", "down_proj", *_FUSED):
+                parents.setdefault(parent, {})[role] = tensor
+        for parent, roles in parents.items():
+            if _EXPERT.search(f"{parent}."):
+                others[number] = "mixture-of-experts matrices (experts)"
+            elif any(role in roles for role in _FUSED):
+                others[number] = "gate and up fused in one matrix"
+            elif len(roles) == 3 and _fit(*(roles[role].shape for role in ("gate_proj", "up_proj", "down_proj"))):
+                found.append(GatedProjections(number, roles["gate_proj"], roles["up_proj"], roles["down_proj"]))
+        if number not in others and not any(mlp.layer == number for mlp in found):
+            others[number] = "no gated MLP with gate_proj, up_proj and down_proj"
+    return found, others
+
+
+def _fit(gate: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    return len(gate) == 2 and gate == up and down == gate[::-1]
 
 
 def _recognise(roles: dict[str, TensorSpec], hidden: int, is_expert: bool, numbered: int) -> MLP | None:

@@ -20,11 +20,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SKIPPED_FOLDERS = (".git", ".cache")  # version control and the hub's download notes: not part of a checkpoint
 
-# numpy has no bfloat16 and no float8: those come as their bits
-_NUMPY_DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+_NUMPY_NAMES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
-    "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1", "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1",
+}  # fmt: skip
+_ML_DTYPES = {  # what numpy itself has no type for
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 _TORCH_NAMES = DTYPE_NAMES | {
     "F8_E8M0": "float8_e8m0fnu",
@@ -159,15 +161,14 @@ class Checkpoint(Mapping[str, StoredTensor]):
     def read_numpy(self, name: str, rows: slice | None = None) -> np.ndarray:
         """The tensor, or the rows asked for along its first axis, as a writable array of its own.
 
-        bfloat16 comes as uint16 and float8 as uint8: the bits, which numpy has no type for.
+        bfloat16 and float8 come in the types of the library ml_dtypes.
         """
         import numpy as np
 
         tensor = self[name]
-        if tensor.dtype not in _NUMPY_DTYPES:
-            raise ValueError(f"{name}: numpy cannot hold {tensor.dtype}; read its bytes")
+        dtype = numpy_dtype(tensor.dtype, name)
         data, shape = self._read_rows(tensor, rows)
-        return np.frombuffer(data, dtype=_NUMPY_DTYPES[tensor.dtype]).reshape(shape)
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
 
     def read_torch(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """The tensor, or the rows asked for along its first axis, as a torch tensor of its own."""
@@ -217,6 +218,19 @@ class Checkpoint(Mapping[str, StoredTensor]):
     def __del__(self) -> None:
         if hasattr(self, "_descriptors"):
             self.close()
+
+
+def numpy_dtype(code: str, name: str = "tensor") -> np.dtype:
+    """The numpy type of a safetensors dtype (of ml_dtypes, where numpy has none). Raises ValueError when none fits."""
+    import numpy as np
+
+    if code in _NUMPY_NAMES:
+        return np.dtype(_NUMPY_NAMES[code])
+    if code not in _ML_DTYPES:
+        raise ValueError(f"{name}: numpy cannot hold {code}; read its bytes")
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, _ML_DTYPES[code]))
 
 
 def read_index(path: Path) -> dict[str, Any]:

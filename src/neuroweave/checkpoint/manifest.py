@@ -1,0 +1,67 @@
+"""The manifest that a generated or fused folder carries: what went in, what was done, and the SHA-256 of every file.
+
+    {"format": 1, "neuroweave": "0.1.0", "operation": "fuse", "parameters": {...},
+     "inputs": {"model": {"files": {"model.safetensors": {"bytes": 538090408, "sha256": "..."}}}},
+     "outputs": {"model.safetensors": {"bytes": 538090408, "sha256": "..."}}}
+
+`neuroweave verify` checks `outputs` again. With hashing switched off a file's entry has no `sha256`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from neuroweave import __version__
+from neuroweave.checkpoint.header import parse_json
+
+MANIFEST_FILE = "neuroweave_manifest.json"
+FORMAT_VERSION = 1
+_BLOCK_BYTES = 1 << 22
+
+
+def file_entry(path: str | os.PathLike[str], *, hashed: bool = True) -> dict[str, Any]:
+    """Size in bytes and, unless switched off, SHA-256 of a file."""
+    entry: dict[str, Any] = {"bytes": os.path.getsize(path)}
+    return entry | {"sha256": sha256_of(path)} if hashed else entry
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; one block in memory at a time."""
+    digest, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def write_manifest(
+    folder: Path, *, operation: str, parameters: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Any],
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the manifest of `folder` and return it. `outputs`: file name to `file_entry`."""
+    content: dict[str, Any] = {"format": FORMAT_VERSION, "neuroweave": __version__, "operation": operation}
+    content |= {"parameters": parameters, "inputs": inputs, **more, "outputs": dict(sorted(outputs.items()))}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    return content
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a folder, or None where there is none. Raises ValueError for one that cannot be understood."""
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    content = parse_json(path.read_bytes(), file=str(path), what="manifest")
+    if content.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: manifest format {content.get('format')!r}; this version reads format {FORMAT_VERSION}"
+        )
+    for key in ("parameters", "inputs", "outputs"):
+        if not isinstance(content.get(key), dict):
+            raise ValueError(f"{path}: the manifest has no {key}")
+    return content
