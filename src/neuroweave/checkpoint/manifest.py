@@ -48,7 +48,7 @@ def write_manifest(
     content |= {"parameters": parameters, "inputs": inputs, **more, "outputs": dict(sorted(outputs.items()))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
-    return content
+    return json.loads(text)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from neuroweave.checkpoint.header import DTYPE_NAMES, Header, TensorSpec, parse_json, read_header
+from neuroweave.checkpoint.copying import read_into
+from neuroweave.checkpoint.header import DTYPE_NAMES, Header, TensorSpec, read_header, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SKIPPED_FOLDERS = (".git", ".cache")  # version control and the hub's download notes: not part of a checkpoint
+_MAX_NAME_BYTES = 255
 
 _NUMPY_NAMES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -136,6 +138,11 @@ class Checkpoint(Mapping[str, StoredTensor]):
         own = {*self.shards, *([INDEX_FILE] if self.index is not None else [])}
         return [name for name in list_files(self.folder) if name not in own]
 
+    @property
+    def all_files(self) -> list[str]:
+        """Every file of the folder as sorted relative paths, shards and index included."""
+        return list_files(self.folder)
+
     def config(self) -> dict[str, Any]:
         """The content of `config.json`. Raises ValueError when it is missing or not an object."""
         return read_config(self.folder)
@@ -149,14 +156,19 @@ class Checkpoint(Mapping[str, StoredTensor]):
         if not 0 <= begin <= end <= tensor.nbytes:
             raise ValueError(f"{name}: bytes {begin} to {end} asked for, the tensor has {tensor.nbytes}")
         buffer = bytearray(end - begin)
-        view, position = memoryview(buffer), tensor.offset + begin
-        descriptor = self._descriptor(tensor.file)
-        while view:
-            count = os.preadv(descriptor, [view[: 1 << 30]], position)
-            if count == 0:
-                raise ValueError(f"{self.folder / tensor.file}: truncated while it was being read (tensor {name!r})")
-            view, position = view[count:], position + count
+        self.read_into(name, memoryview(buffer), begin)
         return buffer
+
+    def read_into(self, name: str, view: memoryview, begin: int = 0) -> None:
+        """Fill `view` (bytes) from a tensor's bytes, starting at `begin`. Raises ValueError as `read_bytes` does."""
+        tensor = self[name]
+        if not 0 <= begin <= begin + view.nbytes <= tensor.nbytes:
+            raise ValueError(f"{name}: {view.nbytes} bytes at {begin} asked for, the tensor has {tensor.nbytes}")
+        try:
+            read_into(self.descriptor(tensor.file), view, tensor.offset + begin)
+        except ValueError as error:
+            where = self.folder / tensor.file
+            raise ValueError(f"{where}: truncated while it was being read (tensor {name!r})") from error
 
     def read_numpy(self, name: str, rows: slice | None = None) -> np.ndarray:
         """The tensor, or the rows asked for along its first axis, as a writable array of its own.
@@ -194,7 +206,8 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
     # Open files
 
-    def _descriptor(self, file: str) -> int:
+    def descriptor(self, file: str) -> int:
+        """An open file descriptor of a shard, for reading by position; it is closed with the checkpoint."""
         if file not in self._descriptors:
             # two threads may open the same file: setdefault keeps one, the other is closed at once
             descriptor = os.open(self.folder / file, os.O_RDONLY)
@@ -238,7 +251,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
     Raises ValueError for anything else, such as a path that leaves the folder.
     """
-    index = parse_json(path.read_bytes(), file=str(path), what="index")
+    index = read_json(path, what="index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: no weight_map; expected an object that maps tensor names to files")
@@ -247,6 +260,8 @@ def read_index(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {name!r} maps to {file!r}, expected the name of a .safetensors file")
         if any(mark in file for mark in ("/", "\\", "\0", ":")) or file.startswith("."):
             raise ValueError(f"{path}: {name!r} maps to {file!r}, which is not a plain file name of this folder")
+        if len(file.encode()) > _MAX_NAME_BYTES:
+            raise ValueError(f"{path}: {name!r} maps to a file name of {len(file)} letters, which no system can hold")
     if not isinstance(index.get("metadata", {}), dict):
         raise ValueError(f"{path}: metadata is not an object")
     return index
@@ -257,7 +272,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json in this folder; is it a checkpoint?")
-    return parse_json(path.read_bytes(), file=str(path), what="configuration")
+    return read_json(path, what="configuration")
 
 
 def list_files(folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """An output folder appears whole or not at all: written as a hidden sibling, renamed into place at the end.
 
 A run that is killed leaves a sibling named `.NAME.neuroweave-partial-*` and nothing else; the next run for the same
-output removes it. A running job holds a lock on its sibling, so that nobody takes it for a leftover.
+output removes it. A running job holds a lock on its sibling, so that nobody takes it for a leftover. A resumable job's
+sibling is named after the job, survives Ctrl-C as well, and is taken up again by the next run of the same job.
 """
 
 from __future__ import annotations
@@ -26,31 +27,37 @@ _GRACE_SECONDS = 10.0  # between creating and locking a folder
 
 @contextlib.contextmanager
 def staged_folder(
-    out: str | os.PathLike[str], *, overwrite: bool = False, sources: Sequence[str | os.PathLike[str]] = ()
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike[str]] = (),
+    resume: str | None = None,
 ) -> Iterator[Path]:
     """Give a new empty folder to write into; when the block ends well, it becomes `out` by a rename.
 
     After any exception (Ctrl-C and a full disk included) the new folder is gone and `out` is as it was. With
     `overwrite` an existing folder is moved aside, replaced, and removed last; otherwise it must be empty.
-    `sources`: what the job reads, which `out` must not be, contain or lie in.
-    Raises ValueError, before anything is written, for an output that cannot be used.
+    `sources`: what the job reads, which `out` must not be, contain or lie in. `resume`: a name for the job (letters
+    and digits); the folder is then what an interrupted run of the same job left, and Ctrl-C leaves it for the next.
+    Raises ValueError, before anything is written, for an output that cannot be used or that another run is writing.
     """
     target = check_output(out, overwrite=overwrite, sources=sources)
     created = _make_parents(target.parent)
     staging: Path | None = None
     descriptor = -1
     try:
-        _clear_leftovers(target)
-        staging = _sibling(target, _PARTIAL)
-        staging.mkdir()
-        descriptor = os.open(staging, os.O_RDONLY)
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kept = None if resume is None else target.parent / f".{target.name}.{_PARTIAL}-{resume}"
+        _clear_leftovers(target, keep=kept)
+        folder = _sibling(target, _PARTIAL) if kept is None else kept
+        folder.mkdir(exist_ok=kept is not None)
+        descriptor = os.open(folder, os.O_RDONLY)
+        _lock(descriptor, out, only_one=kept is not None)
+        staging = folder
         yield staging
         _move_into_place(staging, target, overwrite=overwrite)
-    except BaseException:
-        if staging is not None:
+    except BaseException as error:
+        interrupted = resume is not None and isinstance(error, KeyboardInterrupt | SystemExit)
+        if staging is not None and not interrupted:
             shutil.rmtree(staging, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):
@@ -59,6 +66,18 @@ def staged_folder(
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, out: str | os.PathLike[str], *, only_one: bool) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if only_one:
+            raise ValueError(f"{out}: another run is writing this output; wait for it, or stop it") from None
+    except OSError:  # some network file systems have no locks
+        pass
 
 
 def check_output(
@@ -134,7 +153,7 @@ def _move_into_place(staging: Path, target: Path, *, overwrite: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _clear_leftovers(target: Path) -> None:
+def _clear_leftovers(target: Path, *, keep: Path | None = None) -> None:
     """Remove what killed runs left beside `target`; put back a folder that was moved aside and not replaced."""
     for path in target.parent.glob(f".{_escape(target.name)}.{_REPLACED}-*"):
         if not target.exists():
@@ -142,7 +161,7 @@ def _clear_leftovers(target: Path) -> None:
         else:
             shutil.rmtree(path, ignore_errors=True)
     for path in target.parent.glob(f".{_escape(target.name)}.{_PARTIAL}-*"):
-        if _is_abandoned(path):
+        if path != keep and _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.activations import ACT2CLS
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from neuroweave.activations.mixtures import NeuronMixture
+from neuroweave.checkpoint.copying import link_or_copy
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.loading import check_source
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
@@ -191,19 +191,6 @@ def place_shards(checkpoint: Checkpoint, folder: Path, added: dict[str, Tensor],
     elif checkpoint.index is not None:
         shutil.copyfile(checkpoint.folder / INDEX_FILE, folder / INDEX_FILE)
     return sum(link_or_copy(checkpoint.folder / name, folder / target, copy=copy) for name, target in targets.items())
-
-
-def link_or_copy(origin: Path, target: Path, *, copy: bool) -> bool:
-    """Hard-link a file, or copy it where that is not possible; returns whether it was linked."""
-    if not copy:
-        try:
-            os.link(origin.resolve(), target)
-        except OSError:  # another file system, or one without hard links
-            pass
-        else:
-            return True
-    shutil.copyfile(origin, target)
-    return False
 
 
 def place_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:

@@ -1,0 +1,172 @@
+"""`neuroweave fuse`: fuse deltas into a checkpoint of any size, or say what that would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neuroweave.cli.console import json_option, layers_option, note, overwrite_option, print_json, print_table, progress
+
+
+@click.command(
+    help="""Fuse synthetic neurons into the checkpoint MODEL; OUTPUT is a checkpoint that loads like the original.
+
+    The deltas come from a folder (`neuroweave deltas` makes one) or are generated on the way from a bank and a seed,
+    with the same bytes. Tensors that are not targeted, and every other file, come along to the byte.
+
+    \b
+    neuroweave fuse --model DIR --weights generated_weights --output OUT
+    neuroweave fuse --model DIR --bank derived.safetensors --seed 42 --output OUT --layers 5 11 17
+    neuroweave fuse --model DIR --weights generated_weights --dry-run
+    """
+)
+@click.option("--model", required=True, help="The checkpoint: a folder or a hub id.")
+@click.option("--weights", type=click.Path(path_type=Path), help="A folder of deltas.")
+@click.option("--bank", type=click.Path(path_type=Path), help="Generate the deltas on the way from this neuron bank.")
+@click.option("--output", type=click.Path(path_type=Path), help="The folder to write. Not needed with --dry-run.")
+@click.option("--alpha", type=float, default=0.02, show_default=True, help="Strength of the update of down_proj.")
+@click.option(
+    "--alpha-mode", type=click.Choice(["seed", "relative", "plain"]), default="seed", show_default=True,
+    help="What alpha means. seed: alpha * std(W) / std(D); relative: the relative change has standard deviation alpha; "
+    "plain: the delta times alpha.",
+)  # fmt: skip
+@click.option("--gamma-cap", type=float, default=0.05, show_default=True, help="Largest relative change of a gate.")
+@click.option(
+    "--mode", type=click.Choice(["contour", "additive", "append"]), default="contour", show_default=True,
+    help="contour: the update follows the weights' own profile; additive: plain addition; append: new neurons.",
+)  # fmt: skip
+@click.option(
+    "--targets", default="gate,down", show_default=True, metavar="NAMES",
+    help="For additive: gate, up, down joined by commas, or all.",
+)  # fmt: skip
+@click.option("--gain", type=float, default=0.0, show_default=True, help="For append: factor of the new down columns.")
+@layers_option
+@click.option(
+    "--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True,
+    help="To bfloat16 or float16; stochastic is unbiased, so that small updates survive on average.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=42, show_default=True, help="For --bank and --rounding stochastic.")
+@click.option("--neurons", type=int, help="With --bank: generate only that many neurons a layer.")
+@click.option("--gate-scale", type=float, help="With --bank: root mean square of a gate delta's rows (see deltas).")
+@click.option("--workers", type=int, help="Threads. Default: one a core, at most 4. The bytes do not depend on it.")
+@click.option("--no-hash", is_flag=True, help="Do not hash what goes in and what comes out (faster; verify has less).")
+@click.option("--copy", is_flag=True, help="Copy the shards that do not change instead of hard-linking them.")
+@click.option("--dry-run", is_flag=True, help="Write nothing; report what would happen. Exit 1 if the fuse would fail.")
+@overwrite_option
+@json_option
+def command(
+    model: str, weights: Path | None, bank: Path | None, output: Path | None, targets: str, dry_run: bool,
+    workers: int | None, no_hash: bool, copy: bool, overwrite: bool, as_json: bool, neurons: int | None,
+    gate_scale: float | None, **numbers: Any,
+) -> None:  # fmt: skip
+    from neuroweave.checkpoint.hub import local_folder
+    from neuroweave.surgery.fusion_plan import FuseOptions
+
+    if output is None and not dry_run:
+        raise click.UsageError("--output is needed (or --dry-run)")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers is at least 1, got {workers}")
+    chosen = tuple(part.strip() for part in targets.split(",") if part.strip())
+    options = FuseOptions(targets=chosen, **numbers)
+    folder = local_folder(model)
+    deltas = delta_input(weights, bank, folder, options.seed, neurons, gate_scale)
+    if dry_run:
+        show_plan(folder, output, deltas, options, as_json=as_json, overwrite=overwrite)
+        return
+    from neuroweave.surgery.fuse import fuse_checkpoint
+
+    assert output is not None
+    with progress("fusing", unit="B") as report:
+        result = fuse_checkpoint(
+            folder, output, deltas, options, hashed=not no_hash, workers=workers, copy=copy, overwrite=overwrite,
+            progress=report,
+        )  # fmt: skip
+    show_result(result, output, options, as_json=as_json)
+
+
+def delta_input(
+    weights: Path | None, bank: Path | None, model: Path, seed: int, neurons: int | None, gate_scale: float | None
+) -> Any:
+    """The deltas that the options mean: a folder, or a bank and a seed."""
+    from neuroweave.surgery.fuse import stored_deltas
+
+    if (weights is None) == (bank is None):
+        raise click.UsageError("give either --weights (a folder of deltas) or --bank (and --seed)")
+    if weights is not None:
+        if neurons is not None or gate_scale is not None:
+            raise click.UsageError("--neurons and --gate-scale belong to --bank; a folder of deltas has its own")
+        return stored_deltas(weights)
+    from neuroweave.surgery.generated import generated_deltas
+
+    assert bank is not None
+    return generated_deltas(model, bank, seed=seed, neurons=neurons, gate_scale=gate_scale)
+
+
+def show_plan(folder: Path, output: Path | None, deltas: Any, options: Any, *, as_json: bool, overwrite: bool) -> None:
+    from neuroweave.surgery.dry_run import dry_run
+
+    found = dry_run(folder, output, deltas, options, overwrite=overwrite)
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(
+            f"{folder}: {found['model']['tensors']} tensors in {len(found['model']['shards'])} shards, index sound; "
+            f"{len(found['tensors'])} would change ({found['bytes_rewritten'] / 1e9:.2f} GB to write)"
+        )
+        if found["tensors"]:
+            click.echo()
+            print_table(
+                ("layer", "projection", "covered", "relative change", "weights that change", "tensor"),
+                (
+                    (
+                        "" if row["layer"] is None else row["layer"], row["projection"], f"{row['coverage']:.1%}",
+                        f"{row['relative_change']:.3g}", f"{row['share_changed']:.1%}", row["name"],
+                    )
+                    for row in found["tensors"]
+                ),
+            )  # fmt: skip
+            if options.mode != "append":
+                click.echo("estimated from up to 16 x 2,048 weights of each tensor")
+        for text in found["notes"]:
+            note(text)
+        for text in found["problems"]:
+            note(f"problem: {text}")
+    if found["problems"]:
+        raise click.exceptions.Exit(1)
+
+
+def show_result(result: Any, output: Path, options: Any, *, as_json: bool) -> None:
+    from neuroweave.surgery.fusion_estimate import rounding_warnings
+
+    rows = [
+        {"projection": projection, **summed([each for each in result.tensors if each.projection == projection])}
+        for projection in ("gate", "up", "down", "other")
+        if any(each.projection == projection for each in result.tensors)
+    ]
+    warnings = [*result.plan.notes, *rounding_warnings(result.tensors, result.plan.dtypes)]
+    if as_json:
+        shards = {"rewritten": result.rewritten, "linked": result.linked, "copied": result.copied}
+        shards["resumed"] = result.resumed
+        print_json({"folder": str(output), "shards": shards, "notes": warnings, "tensors": result.manifest["tensors"]})
+        return
+    click.echo(f"{output}: {options.mode}, {len(result.tensors)} tensors changed")
+    print_table(
+        ("projection", "tensors", "relative change", "weights that changed"),
+        ((row["projection"], row["tensors"], row["change"], row["share"]) for row in rows),
+    )
+    parts = [(result.rewritten, "rewritten"), (result.linked, "hard-linked"), (result.copied, "copied")]
+    click.echo("shards: " + ", ".join(f"{number} {how}" for number, how in parts if number))
+    if result.resumed:
+        note(f"{result.resumed} shards were complete from an interrupted run and were taken over")
+    for text in warnings:
+        note(text)
+
+
+def summed(reports: list[Any]) -> dict[str, Any]:
+    changes = [each.relative_change for each in reports]
+    share = sum(each.changed for each in reports) / max(1, sum(each.count for each in reports))
+    low, high = f"{min(changes):.3g}", f"{max(changes):.3g}"
+    change = low if low == high else f"{low} to {high}"
+    return {"tensors": len(reports), "change": change, "share": f"{share:.1%}"}

@@ -1,0 +1,303 @@
+"""Fuse deltas into a checkpoint of any size: no model class, no whole tensor in memory, nothing dropped.
+
+A shard with targets is rewritten block by block under its own header; any other shard is hard-linked or copied; every
+other file comes along to the byte. The output appears by a rename, with a manifest of what went in and came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neuroweave import __version__
+from neuroweave.checkpoint.copying import copy_file, link_or_copy
+from neuroweave.checkpoint.journal import Journal
+from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest, write_manifest
+from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
+from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_pieces
+from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
+from neuroweave.surgery.append import added_bytes, append_shard, check_append, write_grown_files
+from neuroweave.surgery.delta_source import StoredDeltas
+from neuroweave.surgery.fusion import Effect
+from neuroweave.surgery.fusion_plan import DeltaSource, FuseOptions, FusionPlan, Target, plan_fusion
+from neuroweave.surgery.tensor_edit import TensorEdit
+
+_LINK_ABOVE = 1 << 26  # other files that are larger are hard-linked where possible
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What a fuse did to one tensor. `scale`: the factor of the update (None for gates). `share_changed`: of the
+    covered weights, after rounding. `relative_change`: norm of the update over the norm of the covered weights."""
+
+    name: str
+    layer: int | None
+    projection: str
+    coverage: float
+    scale: float | None
+    changed: int
+    count: int
+    relative_change: float
+
+    @property
+    def share_changed(self) -> float:
+        return self.changed / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """What `fuse_checkpoint` wrote. `resumed`: shards taken over from an interrupted run."""
+
+    folder: Path
+    tensors: list[TensorReport]
+    plan: FusionPlan
+    rewritten: int
+    linked: int
+    copied: int
+    resumed: int
+    manifest: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class DeltaInput:
+    """Deltas and what the manifest says of them. `files`: to be hashed; `stamp`: changes when the deltas do."""
+
+    source: DeltaSource
+    description: dict[str, Any]
+    files: dict[str, Path]
+    stamp: Any
+
+
+def stored_deltas(folder: str | os.PathLike[str]) -> DeltaInput:
+    """A folder of deltas as the input of a fuse."""
+    source = StoredDeltas(folder)
+    made_by = read_manifest(folder)
+    description: dict[str, Any] = {"kind": "deltas"}
+    if made_by is not None:
+        description["made_by"] = {
+            key: made_by[key] for key in ("neuroweave", "operation", "parameters", "inputs") if key in made_by
+        }
+    names = [*source.checkpoint.shards, *([MANIFEST_FILE] if made_by is not None else [])]
+    files = {name: Path(folder) / name for name in names}
+    return DeltaInput(source, description, files, [stamp(path) for path in files.values()])
+
+
+def fuse_checkpoint(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], deltas: DeltaInput, options: FuseOptions, *,
+    hashed: bool = True, workers: int | None = None, copy: bool = False, overwrite: bool = False,
+    scales: Mapping[str, float] | None = None, progress: Callable[[int, int], None] | None = None,
+) -> FusionResult:  # fmt: skip
+    """Write `out`: the checkpoint folder `model` with the deltas fused into it.
+
+    A run that was killed or stopped is taken up again by the same call and ends with the same bytes. `workers`: threads
+    (default: one a core, at most 4). `scales`: recorded scales by tensor name, instead of measuring standard
+    deviations. `progress(done, total)`: bytes written, from any thread.
+    Raises ValueError for anything that the plan finds wrong, an output that cannot be used, too little disk space,
+    and values that are not finite; OSError from the system. Whatever happens, `model` is only read.
+    """
+    folder = Path(model)
+    sources = [folder, *{path.parent for path in deltas.files.values()}]
+    check_output(out, overwrite=overwrite, sources=sources)
+    with Checkpoint(folder) as checkpoint:
+        plan = complete_plan(checkpoint, deltas.source, options)
+        if plan.problems:
+            more = f" (and {len(plan.problems) - 1} more problems: --dry-run lists them)" if plan.problems[1:] else ""
+            raise ValueError(plan.problems[0] + more)
+        targets = plan.by_file()
+        rewritten = sum((folder / name).stat().st_size for name in targets)
+        if options.mode == "append":
+            rewritten += sum(added_bytes(target) for target in plan.targets)
+        check_free_space(out, rewritten)
+        job = _Job(checkpoint, deltas, options, plan, hashed, copy, dict(scales or {}))
+        resume = job.key()
+        with staged_folder(out, overwrite=overwrite, sources=sources, resume=resume) as stage:
+            journal = Journal(stage, resume)
+            counter = _Counter(rewritten, progress)
+            with Rewriter(workers=workers or default_workers(), hashed=hashed, progress=counter.add) as rewriter:
+                job.write(stage, journal, rewriter, counter)
+            manifest = job.finish(stage)
+            journal.remove()
+    reports = [TensorReport(**report) for reports in job.reports.values() for report in reports]
+    return FusionResult(Path(out), reports, plan, len(targets), job.linked, job.copied, job.resumed, manifest)
+
+
+def complete_plan(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOptions) -> FusionPlan:
+    """The plan, with what an append needs checked too."""
+    plan = plan_fusion(checkpoint, deltas, options)
+    if options.mode == "append" and plan.targets:
+        check_append(checkpoint, plan)
+    return plan
+
+
+def default_workers() -> int:
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self.total, self.done, self._progress = total, 0, progress
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self._progress:
+            self._progress(self.done, self.total)
+
+
+class _Job:
+    """One fuse under way."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, deltas: DeltaInput, options: FuseOptions, plan: FusionPlan,
+        hashed: bool, copy: bool, scales: dict[str, float],
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.deltas, self.options, self.plan = checkpoint, deltas, options, plan
+        self.targets = plan.by_file()
+        self.hashed, self.copy, self.scales = hashed, copy, scales
+        self.reports: dict[str, list[dict[str, Any]]] = {}
+        self.inputs: dict[str, dict[str, Any]] = {}
+        self.outputs: dict[str, dict[str, Any]] = {}
+        self.delta_files: dict[str, dict[str, Any]] = {}
+        self.linked = self.copied = self.resumed = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    def key(self) -> str:
+        """Sixteen digits that change with the inputs, the options and the version."""
+        files = {*self.checkpoint.shards, *self.checkpoint.all_files}
+        state = [__version__, asdict(self.options), self.scales, self.hashed, self.copy, self.deltas.description]
+        state += [self.deltas.stamp, [(name, stamp(self.folder / name)) for name in sorted(files)]]
+        return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def write(self, stage: Path, journal: Journal, rewriter: Rewriter, counter: _Counter) -> None:
+        waiting: dict[str, tuple[Future | None, Future | None]] = {}
+        delta_hashes = {
+            name: rewriter.hash_file(path) if self.hashed else None for name, path in self.deltas.files.items()
+        }
+        for name in self.checkpoint.shards:
+            if (known := journal.completed(name)) is not None:
+                self.resumed += 1
+                self.reports[name] = known["reports"]
+                self.inputs[name], self.outputs[name] = known["input"], known["output"]
+                counter.add((stage / name).stat().st_size if name in self.targets else 0)
+                continue
+            (stage / name).unlink(missing_ok=True)
+            source = self.folder / name
+            digest_in = rewriter.hash_file(source) if self.hashed else None
+            digest_out: Future | None = digest_in
+            if name in self.targets:
+                rewrite, report = self._append(name) if self.options.mode == "append" else self._rewrite(name)
+                digest_out = rewriter.write(rewrite, stage / name, mode=mode_of(source))
+                self.reports[name] = [asdict(each) for each in report()]
+            elif link_or_copy(source, stage / name, copy=self.copy):
+                self.linked += 1
+            else:
+                self.copied += 1
+            waiting[name] = (digest_in, digest_out)
+            self._settle(stage, journal, waiting, wait=False)
+        self._settle(stage, journal, waiting, wait=True)
+        for name, future in delta_hashes.items():
+            self.delta_files[name] = self._entry(self.deltas.files[name], future)
+
+    def _settle(
+        self, stage: Path, journal: Journal, waiting: dict[str, tuple[Future | None, Future | None]], *, wait: bool
+    ) -> None:
+        """Enter shards whose hashes are there into the journal."""
+        for name, futures in list(waiting.items()):
+            if not wait and any(future is not None and not future.done() for future in futures):
+                continue
+            self.inputs[name] = self._entry(self.folder / name, futures[0])
+            self.outputs[name] = self._entry(stage / name, futures[1])
+            journal.complete(
+                name, input=self.inputs[name], output=self.outputs[name], reports=self.reports.setdefault(name, [])
+            )
+            del waiting[name]
+
+    def _entry(self, path: Path, digest: Future | None) -> dict[str, Any]:
+        entry = file_entry(path, hashed=False)
+        return entry if digest is None else entry | {"sha256": digest.result()}
+
+    def _append(self, name: str) -> tuple[ShardRewrite, Callable[[], list[TensorReport]]]:
+        targets = self.targets[name]
+        effects, rewrite = append_shard(self.checkpoint, name, targets, self.deltas.source, self.options.gain)
+        return rewrite, lambda: [report_of(target, effects[target.stored.name], None) for target in targets]
+
+    def _rewrite(self, name: str) -> tuple[ShardRewrite, Callable[[], list[TensorReport]]]:
+        """The shard under its own header: tensors in the order of their place, untouched stretches as copies."""
+        header, descriptor = self.checkpoint.shards[name], self.checkpoint.descriptor(name)
+        head = os.pread(descriptor, header.data_start, 0)
+        size = header.data_start + header.data_bytes
+        edits, groups, position = [], [], header.data_start
+        for target in self.targets[name]:
+            begin = target.stored.offset
+            groups.append(Group(copy_pieces(descriptor, position, position, begin - position)))
+            edit = TensorEdit(
+                target, self.checkpoint, self.deltas.source, self.options, self.scales.get(target.stored.name)
+            )
+            edits.append(edit)
+            groups.append(edit.group(begin))
+            position = begin + target.stored.nbytes
+        groups.append(Group(copy_pieces(descriptor, position, position, size - position)))
+        reports = lambda: [report_of(edit.target, edit.effect, edit.scale) for edit in edits]  # noqa: E731
+        return ShardRewrite(name, head, size, groups), reports
+
+    def finish(self, stage: Path) -> dict[str, Any]:
+        """Bring every other file along and write the manifest."""
+        parent = read_manifest(self.folder)
+        own = {*self.checkpoint.shards}
+        if self.options.mode == "append":
+            for name in write_grown_files(stage, self.checkpoint, self.plan, INDEX_FILE):
+                self.inputs[name] = file_entry(self.folder / name, hashed=self.hashed)
+                self.outputs[name] = file_entry(stage / name, hashed=self.hashed)
+                own.add(name)
+        for name in [name for name in self.checkpoint.all_files if name not in own and name != MANIFEST_FILE]:
+            origin, target = self.folder / name, stage / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            if origin.stat().st_size > _LINK_ABOVE:
+                link_or_copy(origin, target, copy=self.copy)
+            else:
+                copy_file(origin, target)
+            self.inputs[name] = file_entry(origin, hashed=self.hashed)
+            self.outputs[name] = file_entry(target, hashed=self.hashed)
+        deltas = self.deltas.description | ({"files": self.delta_files} if self.delta_files else {})
+        model: dict[str, Any] = {"files": dict(sorted(self.inputs.items()))}
+        if parent is not None:
+            model["manifest"] = parent
+        return write_manifest(
+            stage,
+            operation="fuse",
+            parameters=asdict(self.options),
+            inputs={"model": model, "deltas": deltas},
+            outputs=self.outputs,
+            tensors={
+                report["name"]: {key: value for key, value in report.items() if key != "name"}
+                for reports in self.reports.values()
+                for report in reports
+            },
+        )
+
+
+def report_of(target: Target, effect: Effect, scale: float | None) -> TensorReport:
+    return TensorReport(
+        target.stored.name, target.layer, target.projection, target.coverage,
+        None if target.formula == "contour gate" else scale, effect.changed, effect.count, effect.relative_change,
+    )  # fmt: skip
+
+
+def stamp(path: Path) -> list[int]:
+    """What changes when a file is written to: size, time in nanoseconds, and its number on the disk."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ino]
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)

@@ -1,0 +1,225 @@
+"""The arithmetic of a fuse, on blocks: W a block of stored weights, D the delta's block of the same shape.
+
+Shape-contoured, down:  W + scale * D * W             scale = alpha * std(W) / std(D)
+Shape-contoured, gate:  W * (1 + clamp(D, -gamma, gamma))
+Additive:               W + scale * D
+
+Float32 arithmetic, one rounding to the stored dtype; float64 where float32 is stored, so that four roundings do not add
+up. Standard deviations are the population's, over the tensor. Source: the Fusion issue; docs/fusion.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from neuroweave.surgery.randomness import random_bits
+
+BLOCK = 1 << 15  # elements: five float32 buffers of this size stay in a core's cache
+_DOT = 1 << 13  # longer dot products would start the threads of the BLAS
+EXACT_BELOW = 1 << 20  # smaller tensors are summed in float64
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
+_ONES = np.ones(_DOT, "f4")
+
+
+def contour_down(w: Any, d: Any, out: Any, *, scale: Any, gamma: Any) -> None:
+    """out = w + scale * (d * w)"""
+    np.multiply(d, w, out=out)
+    np.multiply(out, scale, out=out)
+    np.add(w, out, out=out)
+
+
+def contour_gate(w: Any, d: Any, out: Any, *, scale: Any, gamma: Any) -> None:
+    """out = w * (1 + clamp(d, -gamma, gamma))"""
+    np.clip(d, -gamma, gamma, out=out)
+    np.add(out, out.dtype.type(1), out=out)
+    np.multiply(w, out, out=out)
+
+
+def add(w: Any, d: Any, out: Any, *, scale: Any, gamma: Any) -> None:
+    """out = w + scale * d"""
+    np.multiply(d, scale, out=out)
+    np.add(w, out, out=out)
+
+
+FORMULAS: dict[str, Callable[..., None]] = {"contour down": contour_down, "contour gate": contour_gate, "add": add}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, sum and sum of squares of some numbers."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.total) and math.isfinite(self.squares)
+
+    @property
+    def std(self) -> float:
+        """The population standard deviation; `nearly_constant` says when it cannot be trusted."""
+        if not self.count:
+            return 0.0
+        mean = self.total / self.count
+        return math.sqrt(max(0.0, self.squares / self.count - mean * mean))
+
+    @property
+    def nearly_constant(self) -> bool:
+        """Whether the mean is so large that the difference of the sums has lost its digits."""
+        return self.count > 0 and self.std**2 < 1e-4 * self.squares / self.count
+
+    @staticmethod
+    def join(parts: Iterable[Moments]) -> Moments:
+        """The moments of everything, in the order given, so that they do not depend on threads."""
+        parts = list(parts)
+        return Moments(
+            sum(part.count for part in parts),
+            math.fsum(part.total for part in parts) if all(part.finite for part in parts) else math.nan,
+            math.fsum(part.squares for part in parts) if all(part.finite for part in parts) else math.nan,
+        )
+
+
+def block_moments(values: np.ndarray, *, exact: bool, shift: float = 0.0) -> Moments:
+    """The moments of `values - shift`. `exact`: float64 throughout, else float32 over 8,192 at a time."""
+    flat = values.reshape(-1)
+    if exact or shift:
+        wide = flat.astype("f8") - shift
+        with np.errstate(over="ignore", invalid="ignore"):
+            return Moments(flat.size, float(wide.sum()), float((wide * wide).sum()))
+    total = squares = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for begin in range(0, flat.size, BLOCK):
+            wide = flat[begin : begin + BLOCK].astype("f4")
+            for start in range(0, wide.size, _DOT):
+                part = wide[start : start + _DOT]
+                squares += float(np.dot(part, part))
+                total += float(np.dot(part, _ONES[: part.size]))
+    if not (math.isfinite(total) and math.isfinite(squares)) and bool(np.isfinite(flat.astype("f4")).all()):
+        return block_moments(values, exact=True)  # finite, but the squares are too large for float32
+    return Moments(flat.size, total, squares)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to one tensor: a formula with its numbers, the stored dtype, and how results are rounded.
+
+    `seed` is None for rounding to nearest, ties to even; else results are rounded up or down at random, without bias,
+    from random numbers keyed by (seed, tensor, place).
+    """
+
+    name: str
+    formula: str
+    dtype: str
+    alpha: float | int
+    gamma: float | int
+    scale: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit did: weights that changed after rounding, out of how many; and the sums of squares of the weights
+    and of their change before rounding, in one block of eight (by place)."""
+
+    changed: int = 0
+    count: int = 0
+    squares: float = 0.0
+    change: float = 0.0
+
+    @property
+    def relative_change(self) -> float:
+        return math.sqrt(self.change / self.squares) if self.squares else 0.0
+
+    @staticmethod
+    def join(parts: Iterable[Effect]) -> Effect:
+        parts = list(parts)
+        return Effect(
+            sum(part.changed for part in parts),
+            sum(part.count for part in parts),
+            math.fsum(part.squares for part in parts),
+            math.fsum(part.change for part in parts),
+        )
+
+
+class Workspace:
+    """The buffers of one thread, `BLOCK` elements each: three to compute in, by stored dtype, and the results."""
+
+    def __init__(self) -> None:
+        self._arithmetic = {dtype: [np.empty(BLOCK, dtype) for _ in range(3)] for dtype in ("f4", "f8")}
+        self.new = {code: np.empty(BLOCK, dtype) for code, dtype in STORED.items()}
+        self.differs = np.empty(BLOCK, bool)
+
+    def arithmetic(self, stored: str) -> list[np.ndarray]:
+        return self._arithmetic["f8" if stored == "F32" else "f4"]
+
+
+def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Workspace) -> Effect:
+    """Apply an edit to the stored weights `w` [rows, columns] in place, at most `BLOCK` of them; `d` of that shape.
+
+    `place`: the index of the first weight in its tensor. Raises ValueError when a result is not finite.
+    """
+    size, shape = w.size, w.shape
+    flat = [buffer[:size] for buffer in space.arithmetic(edit.dtype)]
+    wide, delta, out = (buffer.reshape(shape) for buffer in flat)
+    number = out.dtype.type
+    np.copyto(wide, w, casting="unsafe")
+    np.copyto(delta, d, casting="unsafe")
+    new = space.new[edit.dtype][:size].reshape(shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        FORMULAS[edit.formula](wide, delta, out, scale=number(edit.scale), gamma=number(edit.gamma))
+        if edit.seed is None:
+            np.copyto(new, out, casting="unsafe")
+        else:
+            round_at_random(out, new, edit, place)
+        # one dot product tells that all is well, except where the result's range is the narrower one
+        doubtful = edit.dtype != "BF16" or not math.isfinite(_squares(flat[2]))
+        if doubtful and not np.isfinite(new).all():
+            raise ValueError(_not_finite(edit, wide, delta))
+    bits = f"u{new.itemsize}"
+    differs = np.not_equal(new.view(bits), w.view(bits), out=space.differs[:size].reshape(shape))
+    changed = int(np.count_nonzero(differs))
+    squares = change = 0.0
+    if place // BLOCK % 8 == 0:
+        np.subtract(out, wide, out=out)
+        squares, change = _squares(flat[0]), _squares(flat[2])
+    w[...] = new
+    return Effect(changed, size, squares, change)
+
+
+def _squares(flat: np.ndarray) -> float:
+    return sum(
+        float(np.dot(part, part)) for part in (flat[start : start + _DOT] for start in range(0, flat.size, _DOT))
+    )
+
+
+def _not_finite(edit: Edit, w: np.ndarray, d: np.ndarray) -> str:
+    if not np.isfinite(d).all():
+        return f"{edit.name}: the delta holds NaN or infinite values"
+    if not np.isfinite(w).all():
+        return f"{edit.name}: the model's own weights hold NaN or infinite values"
+    largest = float(np.abs(w).max())
+    return (
+        f"{edit.name}: the result does not fit {edit.dtype} (weights up to {largest:.3g}); use a smaller alpha or gamma"
+    )
+
+
+def round_at_random(x: np.ndarray, out: np.ndarray, edit: Edit, place: int) -> None:
+    """Round float32 `x` to the dtype of `out` (bfloat16 or float16): up with the probability of the part cut off."""
+    random = random_bits(edit.seed or 0, "rounding", edit.name, place, count=(x.size + 3) // 4)
+    noise = random.view("<u2")[: x.size].reshape(x.shape)
+    if out.dtype == BFLOAT16:
+        out.view("u2")[...] = (x.view("u4") + noise) >> 16
+        return
+    bits = ((x.view("u4") + (noise >> 3)) >> 13) << 13  # a float16 keeps 10 of 23 digits ...
+    out[...] = bits.view("f4")
+    small = np.abs(x) < 2.0**-14  # ... or, below its normal range, multiples of 2^-24
+    if small.any():
+        out[small] = np.floor(x[small].astype("f8") * 2.0**24 + noise[small] * 2.0**-16) * 2.0**-24
