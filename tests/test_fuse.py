@@ -13,16 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-from neuroweave.checkpoint import Checkpoint
-from neuroweave.checkpoint.journal import JOURNAL_FILE
-from neuroweave.checkpoint.manifest import read_manifest, sha256_of
-from neuroweave.surgery import tensor_edit
-from neuroweave.surgery.fuse import fuse_checkpoint, stored_deltas
-from neuroweave.surgery.fusion_plan import FuseOptions
-from tests.fusion_models import (
+from fusion_models import (
     HIDDEN,
     LAYERS,
     WIDE,
@@ -32,6 +23,15 @@ from tests.fusion_models import (
     weights,
     write_checkpoint,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from neuroweave.checkpoint import Checkpoint
+from neuroweave.checkpoint.journal import JOURNAL_FILE
+from neuroweave.checkpoint.manifest import read_manifest, sha256_of
+from neuroweave.surgery import tensor_edit
+from neuroweave.surgery.fuse import fuse_checkpoint, stored_deltas
+from neuroweave.surgery.fusion_plan import FuseOptions
 
 STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23}  # relative to the binade's start
 

@@ -92,13 +92,15 @@ def stored_deltas(folder: str | os.PathLike[str]) -> DeltaInput:
 def fuse_checkpoint(
     model: str | os.PathLike[str], out: str | os.PathLike[str], deltas: DeltaInput, options: FuseOptions, *,
     hashed: bool = True, workers: int | None = None, copy: bool = False, overwrite: bool = False,
-    scales: Mapping[str, float] | None = None, progress: Callable[[int, int], None] | None = None,
+    scales: Mapping[str, float] | None = None, check: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> FusionResult:  # fmt: skip
     """Write `out`: the checkpoint folder `model` with the deltas fused into it.
 
     A run that was killed or stopped is taken up again by the same call and ends with the same bytes. `workers`: threads
     (default: one a core, at most 4). `scales`: recorded scales by tensor name, instead of measuring standard
-    deviations. `progress(done, total)`: bytes written, from any thread.
+    deviations. `check(manifest)`: called before the output appears, and may raise. `progress(done, total)`: bytes
+    written, from any thread.
     Raises ValueError for anything that the plan finds wrong, an output that cannot be used, too little disk space,
     and values that are not finite; OSError from the system. Whatever happens, `model` is only read.
     """
@@ -123,6 +125,8 @@ def fuse_checkpoint(
             with Rewriter(workers=workers or default_workers(), hashed=hashed, progress=counter.add) as rewriter:
                 job.write(stage, journal, rewriter, counter)
             manifest = job.finish(stage)
+            if check:
+                check(manifest)
             journal.remove()
     reports = [TensorReport(**report) for reports in job.reports.values() for report in reports]
     return FusionResult(Path(out), reports, plan, len(targets), job.linked, job.copied, job.resumed, manifest)

@@ -179,6 +179,10 @@ def plan_fusion(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOption
             problem = _misfit(target, options)
             plan.problems.extend([problem] if problem else [])
             plan.targets.append(target)
+    order = (*PROJECTIONS, OTHER)
+    plan.targets.sort(
+        key=lambda target: (target.layer is None, target.layer or 0, order.index(target.projection), target.stored.name)
+    )
     _check_keys(plan, roles, chosen, options)
     return plan
 

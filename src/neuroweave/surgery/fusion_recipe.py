@@ -1,0 +1,120 @@
+"""Publish the patch, not the model: what was done, in a few kilobytes, and the same bytes again from it.
+
+A recipe holds the options, what the deltas come from (a bank's hash and a seed, or files), the measured scales, and the
+SHA-256 of what went in and what came out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from neuroweave.checkpoint.header import parse_json
+from neuroweave.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from neuroweave.surgery.bank import default_bank_path
+from neuroweave.surgery.fuse import DeltaInput, FusionResult, fuse_checkpoint, stored_deltas
+from neuroweave.surgery.fusion_plan import FuseOptions
+from neuroweave.surgery.generated import generated_deltas
+
+FORMAT_VERSION = 1
+
+
+def fusion_recipe(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe of a fused checkpoint. Raises ValueError for a folder that `fuse` did not write, or not hashed."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("operation") != "fuse":
+        raise ValueError(f"{folder}: no {MANIFEST_FILE} of a fuse in this folder: there is no recipe to show")
+    inputs, tensors = manifest["inputs"], manifest.get("tensors", {})
+    recipe = {
+        "recipe": FORMAT_VERSION,
+        "neuroweave": manifest["neuroweave"],
+        "parameters": manifest["parameters"],
+        "scales": {name: entry["scale"] for name, entry in tensors.items() if entry.get("scale") is not None},
+        "model": _hashes(folder, inputs["model"]["files"]),
+        "deltas": inputs["deltas"],
+        "outputs": _hashes(folder, manifest["outputs"]),
+    }
+    return recipe
+
+
+def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A recipe file. Raises ValueError, naming the file, for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `neuroweave recipe show OUT` prints a recipe")
+    recipe = parse_json(path.read_bytes(), file=str(path), what="recipe")
+    if recipe.get("recipe") != FORMAT_VERSION:
+        raise ValueError(f"{path}: not a fusion recipe of format {FORMAT_VERSION}")
+    for key in ("parameters", "scales", "model", "deltas", "outputs"):
+        if not isinstance(recipe.get(key), dict):
+            raise ValueError(f"{path}: the recipe has no {key}")
+    return recipe
+
+
+def replay(
+    recipe: dict[str, Any], model: str | os.PathLike[str], out: str | os.PathLike[str], *,
+    bank: str | os.PathLike[str] | None = None, weights: str | os.PathLike[str] | None = None,
+    workers: int | None = None, overwrite: bool = False, progress: Callable[[int, int], None] | None = None,
+) -> FusionResult:  # fmt: skip
+    """Fuse as the recipe says; `out` appears only if every file has the recorded SHA-256.
+
+    `bank`: the neuron bank, unless it is the one that comes with the package. `weights`: the deltas' folder, where no
+    bank is recorded. Raises ValueError for other inputs than the recorded ones, and for other outputs.
+    """
+    options = _options(recipe["parameters"])
+    source = _deltas(recipe["deltas"], Path(model), bank, weights)
+
+    def check(manifest: Mapping[str, Any]) -> None:
+        for what, wanted, found in (
+            ("the model's", recipe["model"], _hashes(model, manifest["inputs"]["model"]["files"])),
+            ("the output's", recipe["outputs"], _hashes(out, manifest["outputs"])),
+        ):
+            for name in sorted(wanted.keys() | found.keys()):
+                if wanted.get(name) != found.get(name):
+                    raise ValueError(
+                        f"{name}: {what} SHA-256 is {found.get(name, 'missing')}, the recipe says "
+                        f"{wanted.get(name, 'no such file')}; nothing was written"
+                    )
+
+    return fuse_checkpoint(
+        model, out, source, options, scales=recipe["scales"], workers=workers, overwrite=overwrite, check=check,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _options(parameters: dict[str, Any]) -> FuseOptions:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
+    try:
+        return FuseOptions(**values)
+    except TypeError as error:
+        raise ValueError(f"the recipe's parameters are not those of a fuse: {error}") from error
+
+
+def _deltas(
+    recorded: dict[str, Any], model: Path, bank: str | os.PathLike[str] | None, weights: str | os.PathLike[str] | None
+) -> DeltaInput:
+    generation = recorded.get("generation")
+    if generation is None:
+        if weights is None:
+            raise ValueError("the recipe records a folder of deltas that no bank generated: give it with --weights")
+        source = stored_deltas(weights)
+        return source
+    if weights is not None:
+        return stored_deltas(weights)
+    path = Path(bank) if bank is not None else default_bank_path()
+    source = generated_deltas(model, path, **generation["parameters"])
+    found = source.description["generation"]["bank"]["sha256"]
+    wanted = generation["bank"]["sha256"]
+    if found != wanted:
+        hint = "" if bank is not None else ": give the recorded one with --bank"
+        raise ValueError(f"{path}: the bank's SHA-256 is {found}, the recipe says {wanted}{hint}")
+    return source
+
+
+def _hashes(folder: str | os.PathLike[str], files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    missing = [name for name, entry in files.items() if "sha256" not in entry]
+    if missing:
+        raise ValueError(f"{folder}: fused with --no-hash: {missing[0]} has no recorded hash; fuse again with hashing")
+    return {name: entry["sha256"] for name, entry in files.items()}

@@ -1,0 +1,164 @@
+"""`neuroweave fuse` and its dry run as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from fusion_models import LAYERS, deltas_for, llama_config, mlp_names, weights, write_checkpoint
+from safetensors.torch import load_file
+
+from neuroweave.cli.console import layer_numbers
+from neuroweave.cli.main import main
+
+
+@pytest.fixture
+def pair(tmp_path):
+    tensors = weights()
+    model = write_checkpoint(tmp_path / "model", tensors, shards=2, config=llama_config())
+    return model, write_checkpoint(tmp_path / "deltas", deltas_for(tensors))
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of `neuroweave WORDS`."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def changed(out, model):
+    old, new = ({k: v for f in sorted(d.glob("*.safetensors")) for k, v in load_file(f).items()} for d in (model, out))
+    return {name for name, value in old.items() if not torch.equal(value, new[name])}
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [([], {0, 1, 2}), (["--layers", "0", "2"], {0, 2}), (["--layers", "1-2"], {1, 2}), (["--layers", "0,1"], {0, 1})],
+)
+def test_layers(capsys, pair, tmp_path, words, layers):
+    out = tmp_path / "out"
+    code, text, _ = run(capsys, "fuse", "--model", pair[0], "--weights", pair[1], "--output", out, "--alpha", 9, *words)
+    assert code == 0
+    assert changed(out, pair[0]) == {mlp_names(layer)[role] for layer in layers for role in ("gate", "down")}
+    lines = text.splitlines()
+    assert lines[0] == f"{out}: contour, {2 * len(layers)} tensors changed"
+    assert lines[2].split()[:2] == ["gate", str(len(layers))]
+    assert lines[3].split()[:2] == ["down", str(len(layers))]
+
+
+def test_json_and_a_warning_about_rounding(capsys, pair, tmp_path):
+    words = ["fuse", "--model", pair[0], "--weights", pair[1], "--output"]
+    code, text, _ = run(capsys, *words, tmp_path / "out", "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert found["shards"] == {"rewritten": 2, "linked": 0, "copied": 0, "resumed": 0}
+    down = found["tensors"][mlp_names(0)["down"]]
+    # alpha * std(W) = 0.02 * 0.19: a relative change of 0.4 %, most of which a bfloat16 rounds away
+    assert down["relative_change"] == pytest.approx(0.02 * 0.19, rel=0.05)
+    assert 0.3 < down["changed"] / down["count"] < 0.7
+    assert "3 bfloat16 tensors change by less than 0.5%" in found["notes"][0]
+    _, _, err = run(capsys, *words, tmp_path / "two")
+    assert "--rounding stochastic" in err
+
+
+def test_dry_run_predicts_the_fuse_and_writes_nothing(capsys, pair, tmp_path):
+    words = ["fuse", "--model", pair[0], "--weights", pair[1], "--alpha", 3, "--json"]
+    code, text, _ = run(capsys, *words, "--dry-run", "--output", tmp_path / "out")
+    assert code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deltas", "model"]
+    planned = json.loads(text)
+    _, text, _ = run(capsys, *words, "--output", tmp_path / "out")
+    done = json.loads(text)["tensors"]
+    assert {row["name"] for row in planned["tensors"]} == set(done)
+    for row in planned["tensors"]:
+        real = done[row["name"]]
+        assert row["relative_change"] == pytest.approx(real["relative_change"], rel=0.1)
+        assert row["share_changed"] == pytest.approx(real["changed"] / real["count"], abs=0.03)
+        assert row["scale"] == (None if real["scale"] is None else pytest.approx(real["scale"], rel=0.05))
+    assert planned["coverage"] == [
+        {"layer": layer, "gate": 1.0, "up": 0.0, "down": 1.0, "other": 0.0} for layer in range(LAYERS)
+    ]
+    assert planned["deltas_not_used"] == LAYERS
+    assert all(shard["rewritten"] for shard in planned["model"]["shards"].values())
+
+
+def test_dry_run_table_for_people(capsys, pair):
+    code, text, err = run(capsys, "fuse", "--model", *pair[:1], "--weights", pair[1], "--dry-run", "--layers", "1")
+    assert code == 0
+    lines = text.splitlines()
+    assert "2 would change" in lines[0]
+    assert lines[2].split()[:5] == ["layer", "projection", "covered", "relative", "change"]
+    assert [line.split()[:3] for line in lines[3:5]] == [["1", "gate", "100.0%"], ["1", "down", "100.0%"]]
+    assert "1 bfloat16 tensors" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda deltas: deltas.pop(mlp_names(0)["gate"]), "no delta for model.layers.0.mlp.gate_proj.weight"),
+        (
+            lambda deltas: deltas.update({"model.layers.7.mlp.up_proj.weight": torch.ones(1, 1)}),
+            "no tensor for the delta",
+        ),
+        (lambda deltas: deltas[mlp_names(2)["down"]].fill_(0.0), "no variance"),
+        (lambda deltas: deltas[mlp_names(2)["down"]].fill_(torch.nan), "NaN or infinite"),
+    ],
+)
+def test_dry_run_exits_1_when_the_fuse_would_fail(capsys, tmp_path, change, problem):
+    tensors = weights()
+    model = write_checkpoint(tmp_path / "model", tensors, config=llama_config())
+    deltas = deltas_for(tensors)
+    change(deltas)
+    folder = write_checkpoint(tmp_path / "deltas", deltas)
+    words = ["fuse", "--model", model, "--weights", folder]
+    code, text, err = run(capsys, *words, "--dry-run", "--json")
+    assert code == 1
+    assert any(problem in each for each in json.loads(text)["problems"])
+    code, _, err = run(capsys, *words, "--output", tmp_path / "out")
+    assert code == 2
+    assert problem in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "deltas"], "--output is needed"),
+        (["--output", "out"], "give either --weights"),
+        (["--weights", "deltas", "--bank", "b", "--output", "out"], "give either --weights"),
+        (["--weights", "deltas", "--neurons", "3", "--output", "out"], "belong to --bank"),
+        (["--weights", "deltas", "--output", "out", "--workers", "0"], "--workers is at least 1"),
+        (["--weights", "deltas", "--output", "out", "--layers", "5-"], "--layers takes numbers or ranges"),
+        (["--weights", "deltas", "--output", "out", "stray"], "unexpected argument 'stray'"),
+        (["--weights", "nowhere", "--output", "out"], "nowhere: no such folder"),
+        (["--weights", "deltas", "--output", "model"], "the output is the source itself"),
+    ],
+)
+def test_wrong_options(capsys, pair, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "fuse", "--model", pair[0], *words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deltas", "model"]
+
+
+def test_layer_numbers():
+    assert layer_numbers(["5", "11", "17"]) == (5, 11, 17)
+    assert layer_numbers(["4-6,1", "5"]) == (1, 4, 5, 6)
+    for bad in (["6-4"], ["x"], ["-1"], [""], ["1.5"], ["0-9999999999"]):
+        with pytest.raises(ValueError, match="--layers takes"):
+            layer_numbers(bad)
+
+
+def test_no_torch_on_the_way(pair, tmp_path):
+    script = (
+        "import sys\nfrom neuroweave.cli.main import main\ntry:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
+    )
+    for words in (["--dry-run"], ["--output", tmp_path / "out"]):
+        command = [sys.executable, "-c", script, "fuse", "--model", *pair[:1], "--weights", pair[1], *words]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
