@@ -1,6 +1,7 @@
 """`neuroweave patch` and `neuroweave audit` as a user types them."""
 
 import json
+import shutil
 
 import families
 import pytest
@@ -97,3 +98,27 @@ def test_a_slip_is_one_line_and_exit_2(capsys, original, tmp_path, words, messag
 def test_a_model_that_is_nowhere(capsys, tmp_path, source):
     code, _, err = run(capsys, "patch", source, tmp_path / "out", "--mlp", "relu")
     assert (code, err) == (2, f"neuroweave: {source}: no such folder, and not a hub id of the form owner/name\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fuze"], "There is no command 'fuze'. Did you mean 'fuse'?"),
+        (["audit", "x", "--forbid", " , "], "--forbid names no activation"),
+        (["patch", "x", "y", "--head", "relu", "--layers", "3"], "--layers cannot mean head"),
+        (["patch", "x", "y", "--mlp", "relu", "--site", "mlp=silu"], "site mlp is given twice"),
+    ],
+)
+def test_words_that_mean_nothing(capsys, words, message):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert message in err
+
+
+def test_a_damaged_shard_is_named_before_loading(capsys, original, tmp_path):
+    shutil.copytree(original, tmp_path / "cut")
+    path = tmp_path / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    code, _, err = run(capsys, "audit", tmp_path / "cut")
+    assert code == 2
+    assert "model.safetensors: truncated" in err

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuroweave.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_source(source)
+    check_weights(Path(source))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AutoConfig.from_pretrained(source)
@@ -58,6 +61,12 @@ def check_source(source: str | Path) -> None:
         raise ValueError(f"{source}: a file; give a checkpoint folder (neuroweave import turns a GGUF file into one)")
     elif path.is_absolute() or len(path.parts) != 2 or str(source).startswith("."):
         raise ValueError(f"{source}: no such folder, and not a hub id of the form owner/name")
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a local folder whose safetensors headers or index are damaged, naming the file and the damage."""
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        Checkpoint(folder, allow_orphans=True).close()
 
 
 def choose_dtype(dtype: str, stored: torch.dtype | str, device: str) -> tuple[torch.dtype, str]:

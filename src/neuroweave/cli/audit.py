@@ -21,10 +21,10 @@ TOKENS = 16
 
 @click.command("audit")
 @click.argument("model")
-@click.option("--forbid", default="", metavar="NAMES", help="Exit 1 if one of these ran, e.g. silu,gelu.")
+@click.option("--forbid",  metavar="NAMES", help="Exit 1 if one of these ran, e.g. silu,gelu.")
 @click.option("--prompt", metavar="TEXT", help=f"Text to run.  [default: {TOKENS} token ids across the vocabulary]")
 @json_option
-def command(model: str, forbid: str, prompt: str | None, as_json: bool) -> None:
+def command(model: str, forbid: str | None, prompt: str | None, as_json: bool) -> None:
     """List every nonlinearity that a forward pass of MODEL really runs, by module, with counts.
 
     MODEL is a checkpoint folder or a hub id, patched or not. Operators are traced as they run: an activation that is
@@ -35,7 +35,9 @@ def command(model: str, forbid: str, prompt: str | None, as_json: bool) -> None:
     from neuroweave.checkpoint.loading import load_model
     from neuroweave.diagnose.audit import audit, families
 
-    names = [name.strip() for name in forbid.split(",") if name.strip()]
+    names = [name.strip() for name in (forbid or "").split(",") if name.strip()]
+    if forbid is not None and not names:
+        raise ValueError("--forbid names no activation: give some, e.g. silu,gelu, or leave it out")
     families(names)  # a wrong name is told before a model is loaded
     loaded, how = load_model(model)
     if not as_json:

@@ -99,6 +99,14 @@ def recipe_from(recipe: str | None, shortcuts: dict[str, str | None], sites: tup
         return Recipe.load(recipe)
     if not wanted:
         raise ValueError("nothing to change: give --recipe, or --mlp, --embedding, --head, --everywhere or --site")
+    named = [site for site, _ in wanted]
+    for site in named:
+        if named.count(site) > 1:
+            raise ValueError(f"site {site} is given twice; say once what it gets")
+    if layers != "all" and (without := [site for site in named if site not in (*LAYER_SITES, "everywhere")]):
+        raise ValueError(
+            f"--layers cannot mean {', '.join(without)}, which belongs to no layer; patch it without --layers"
+        )
     edits = []
     for site, activation in wanted:
         edit: dict[str, Any] = {"site": site, "activation": activation}

@@ -1,0 +1,5 @@
+"""`python -m neuroweave` is `neuroweave`."""
+
+from neuroweave.cli.main import main
+
+main()
