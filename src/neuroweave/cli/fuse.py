@@ -24,7 +24,11 @@ from neuroweave.cli.console import json_option, layers_option, note, overwrite_o
 )
 @click.option("--model", required=True, help="The checkpoint: a folder or a hub id.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder of deltas.")
-@click.option("--bank", type=click.Path(path_type=Path), help="Generate the deltas on the way from this neuron bank.")
+@click.option(
+    "--bank",
+    type=click.Path(path_type=Path),
+    help="Generate the deltas on the way from this neuron bank (`default`: the shipped one).",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="The folder to write. Not needed with --dry-run.")
 @click.option("--alpha", type=float, default=0.02, show_default=True, help="Strength of the update of down_proj.")
 @click.option(
@@ -98,10 +102,13 @@ def delta_input(
         if neurons is not None or gate_scale is not None:
             raise click.UsageError("--neurons and --gate-scale belong to --bank; a folder of deltas has its own")
         return stored_deltas(weights)
+    from neuroweave.surgery.bank import default_bank_path
     from neuroweave.surgery.generated import generated_deltas
 
     assert bank is not None
-    return generated_deltas(model, bank, seed=seed, neurons=neurons, gate_scale=gate_scale)
+    bank = default_bank_path() if str(bank) == "default" else bank
+    scale = {} if gate_scale is None else {"gate_scale": gate_scale}
+    return generated_deltas(model, bank, seed=seed, neurons=neurons, **scale)
 
 
 def show_plan(folder: Path, output: Path | None, deltas: Any, options: Any, *, as_json: bool, overwrite: bool) -> None:

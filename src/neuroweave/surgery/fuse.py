@@ -80,10 +80,8 @@ def stored_deltas(folder: str | os.PathLike[str]) -> DeltaInput:
     source = StoredDeltas(folder)
     made_by = read_manifest(folder)
     description: dict[str, Any] = {"kind": "deltas"}
-    if made_by is not None:
-        description["made_by"] = {
-            key: made_by[key] for key in ("neuroweave", "operation", "parameters", "inputs") if key in made_by
-        }
+    if made_by is not None and made_by.get("operation") == "deltas":
+        description["generation"] = {"parameters": made_by["parameters"], "bank": made_by["inputs"].get("bank", {})}
     names = [*source.checkpoint.shards, *([MANIFEST_FILE] if made_by is not None else [])]
     files = {name: Path(folder) / name for name in names}
     return DeltaInput(source, description, files, [stamp(path) for path in files.values()])

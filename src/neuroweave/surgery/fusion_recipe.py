@@ -27,7 +27,7 @@ def fusion_recipe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if manifest is None or manifest.get("operation") != "fuse":
         raise ValueError(f"{folder}: no {MANIFEST_FILE} of a fuse in this folder: there is no recipe to show")
     inputs, tensors = manifest["inputs"], manifest.get("tensors", {})
-    recipe = {
+    return {
         "recipe": FORMAT_VERSION,
         "neuroweave": manifest["neuroweave"],
         "parameters": manifest["parameters"],
@@ -36,7 +36,6 @@ def fusion_recipe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "deltas": inputs["deltas"],
         "outputs": _hashes(folder, manifest["outputs"]),
     }
-    return recipe
 
 
 def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -54,8 +53,8 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def replay(
-    recipe: dict[str, Any], model: str | os.PathLike[str], out: str | os.PathLike[str], *,
-    bank: str | os.PathLike[str] | None = None, weights: str | os.PathLike[str] | None = None,
+    recipe: dict[str, Any], model: str | Path, out: str | Path, *,
+    bank: str | Path | None = None, weights: str | Path | None = None,
     workers: int | None = None, overwrite: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> FusionResult:  # fmt: skip
     """Fuse as the recipe says; `out` appears only if every file has the recorded SHA-256.
@@ -85,22 +84,21 @@ def replay(
 
 
 def _options(parameters: dict[str, Any]) -> FuseOptions:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()
+    }
     try:
         return FuseOptions(**values)
     except TypeError as error:
         raise ValueError(f"the recipe's parameters are not those of a fuse: {error}") from error
 
 
-def _deltas(
-    recorded: dict[str, Any], model: Path, bank: str | os.PathLike[str] | None, weights: str | os.PathLike[str] | None
-) -> DeltaInput:
+def _deltas(recorded: dict[str, Any], model: Path, bank: str | Path | None, weights: str | Path | None) -> DeltaInput:
     generation = recorded.get("generation")
     if generation is None:
         if weights is None:
             raise ValueError("the recipe records a folder of deltas that no bank generated: give it with --weights")
-        source = stored_deltas(weights)
-        return source
+        return stored_deltas(weights)
     if weights is not None:
         return stored_deltas(weights)
     path = Path(bank) if bank is not None else default_bank_path()
