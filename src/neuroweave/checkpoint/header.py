@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_JSON_BYTES = 100_000_000  # of an index or a configuration: far more than any has
+_MAX_ELEMENTS = (1 << 64) - 1  # what the library can count, and what keeps products of absurd shapes small
 
 # bits per element; F4 and the F6 pair pack several elements into one byte
 DTYPE_BITS: dict[str, int] = {
@@ -109,7 +114,9 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
 
     `file` is the name that errors carry; `file_bytes` the size of the whole file, length prefix included.
     Raises ValueError for invalid JSON or UTF-8, wrong types, duplicate names, unknown dtypes, sizes that disagree
-    with dtype and shape, and offsets that overlap, leave a gap, or do not end where the file ends.
+    with dtype and shape, and offsets that overlap, leave a gap, or do not end where the file ends. What passes here
+    passes in the safetensors library; that lets through more: names that appear twice, unknown fields, an entry
+    written as a list, `null` as metadata.
     """
     if not raw.startswith(b"{"):
         raise ValueError(f"{file}: the header starts with {raw[:1]!r}, expected '{{'; is it a safetensors file?")
@@ -147,24 +154,40 @@ def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | No
     return len(raw).to_bytes(8, "little") + raw, Header(entries, dict(metadata or {}), data_start=8 + len(raw))
 
 
+def read_json(path: Path, *, what: str) -> dict[str, Any]:
+    """The JSON object in a file, as `parse_json`. Raises ValueError for a file of absurd size, before it is read."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes are too many for the {what}; at most {MAX_JSON_BYTES} are read")
+    return parse_json(path.read_bytes(), file=str(path), what=what)
+
+
 def parse_json(raw: bytes, *, file: str, what: str) -> dict[str, Any]:
-    """A JSON object from `raw`, in which no key appears twice. Raises ValueError with the file's name."""
+    """A JSON object from `raw`, in which no key appears twice and every text is Unicode.
+
+    Raises ValueError with the file's name.
+    """
 
     def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise DuplicateKeyError(f"{file}: the {what} names {twice!r} twice")
+            raise DuplicateKeyError(f"{file}: the {what} names {_short(twice)} twice")
         return result
 
     def refuse_constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not JSON")
 
+    options: dict[str, Any] = {"object_pairs_hook": object_without_duplicates, "parse_constant": refuse_constant}
+    if b"-0" in raw:  # a float, as in other languages: so that it is no size
+        options["parse_int"] = lambda text: -0.0 if text == "-0" else int(text)
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=object_without_duplicates, parse_constant=refuse_constant
-        )
+        value = json.loads(raw.decode("utf-8"), **options)
+        if _SURROGATE.search(raw):  # only then, for speed: json.loads lets half a pair through
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file}: the {what} holds half of a surrogate pair, which is no text") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: the {what} is not UTF-8 (byte {error.start})") from error
     except RecursionError as error:
@@ -178,29 +201,35 @@ def parse_json(raw: bytes, *, file: str, what: str) -> dict[str, Any]:
     return value
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 class DuplicateKeyError(ValueError):
     """A JSON object with the same key twice."""
 
 
 def _parse_entry(name: str, value: Any, file: str) -> TensorEntry:
+    where = f"{file}: tensor {_short(name)}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{file}: tensor {name!r}: expected dtype, shape and data_offsets, got {_short(value)}")
+        raise ValueError(f"{where}: expected dtype, shape and data_offsets, got {_short(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"{file}: tensor {name!r}: unknown dtype {_short(dtype)}; known: {', '.join(DTYPE_BITS)}")
+        raise ValueError(f"{where}: unknown dtype {_short(dtype)}; known: {', '.join(DTYPE_BITS)}")
     if not _is_sizes(shape):
-        raise ValueError(f"{file}: tensor {name!r}: shape {_short(shape)} is not a list of sizes")
+        raise ValueError(f"{where}: shape {_short(shape)} is not a list of sizes")
+    # also where a size of 0 makes the product small: the library counts up to each
+    if max(shape, default=0) > _MAX_ELEMENTS or any(count > _MAX_ELEMENTS for count in accumulate(shape, mul)):
+        raise ValueError(f"{where}: shape {_short(shape)} has more elements than can be counted")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{file}: tensor {name!r}: data_offsets {_short(offsets)} are not [begin, end]")
+        raise ValueError(f"{where}: data_offsets {_short(offsets)} are not [begin, end]")
     begin, end = offsets
     try:
         expected = byte_count(dtype, shape)
     except ValueError as error:
-        raise ValueError(f"{file}: tensor {name!r}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     if end - begin != expected:
         raise ValueError(
-            f"{file}: tensor {name!r}: {dtype} of shape {_short(shape)} takes {expected} bytes, "
-            f"its data_offsets span {end - begin}"
+            f"{where}: {dtype} of shape {_short(shape)} takes {expected} bytes, its data_offsets span {end - begin}"
         )
     return TensorEntry(name, dtype, tuple(shape), begin, end)
 
@@ -211,8 +240,8 @@ def _check_layout(tensors: dict[str, TensorEntry], *, file: str, data_bytes: int
     for entry in sorted(tensors.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
             how = "overlaps" if entry.begin < position else f"leaves a gap of {entry.begin - position} bytes after"
-            raise ValueError(f"{file}: tensor {entry.name!r} {how} {previous}")
-        position, previous = entry.end, repr(entry.name)
+            raise ValueError(f"{file}: tensor {_short(entry.name)} {how} {previous}")
+        position, previous = entry.end, _short(entry.name)
     if position > data_bytes:
         raise ValueError(
             f"{file}: truncated: tensor {previous} ends at data byte {position}, the file holds {data_bytes}; "

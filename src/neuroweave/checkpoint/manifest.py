@@ -13,10 +13,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuroweave import __version__
-from neuroweave.checkpoint.header import parse_json
+from neuroweave.checkpoint.header import read_json
+
+if TYPE_CHECKING:
+    from neuroweave.checkpoint.reader import Checkpoint
 
 MANIFEST_FILE = "neuroweave_manifest.json"
 FORMAT_VERSION = 1
@@ -39,6 +42,18 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """File -> size and SHA-256 of its safetensors header (of all of config.json): takes no time at any size."""
+    config = (checkpoint.folder / "config.json").read_bytes()
+    found = {"config.json": {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}}
+    for name, header in checkpoint.shards.items():
+        path = checkpoint.folder / name
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read(header.data_start)).hexdigest()
+        found[name] = {"bytes": path.stat().st_size, "header_sha256": digest}
+    return found
+
+
 def write_manifest(
     folder: Path, *, operation: str, parameters: dict[str, Any], inputs: dict[str, Any], outputs: dict[str, Any],
     **more: Any,
@@ -56,7 +71,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         return None
-    content = parse_json(path.read_bytes(), file=str(path), what="manifest")
+    content = read_json(path, what="manifest")
     if content.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: manifest format {content.get('format')!r}; this version reads format {FORMAT_VERSION}"

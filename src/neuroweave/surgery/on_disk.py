@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from neuroweave.activations.mixtures import NeuronMixture
 from neuroweave.checkpoint.copying import link_or_copy
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.loading import check_source
+from neuroweave.checkpoint.manifest import fingerprints
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
 from neuroweave.checkpoint.sealed import KEY, MODELING_FILE, seal
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
@@ -71,7 +71,7 @@ def patch_checkpoint(
             "model_type": model_type,
             "architectures": plain.get("architectures") or [type(model).__name__],
         }
-        entry["source"] = {"files": fingerprints(source, checkpoint)}
+        entry["source"] = {"files": fingerprints(checkpoint)}
         apply_plan(model, resolution.plan)
         added = stored_names(mixture_tensors(model), model, checkpoint)
         if copy:
@@ -159,17 +159,6 @@ def stored_names(tensors: dict[str, Tensor], model: PreTrainedModel, checkpoint:
     if has_prefix(model, checkpoint):
         return tensors
     return {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in tensors.items()}
-
-
-def fingerprints(source: Path, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """File -> size and SHA-256 of its safetensors header (of all of config.json): takes no time at any size."""
-    config = (source / "config.json").read_bytes()
-    found = {"config.json": {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}}
-    for name, header in checkpoint.shards.items():
-        with open(source / name, "rb") as file:
-            digest = hashlib.sha256(file.read(header.data_start)).hexdigest()
-        found[name] = {"bytes": (source / name).stat().st_size, "header_sha256": digest}
-    return found
 
 
 def place_shards(checkpoint: Checkpoint, folder: Path, added: dict[str, Tensor], *, copy: bool) -> int:
