@@ -9,7 +9,6 @@ float32 and measured against the original on the shipped evaluation prose. The t
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,9 +23,14 @@ from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.diagnose import Plan, Subject, compare
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.verdict import bracketed
+from neuroweave.surgery.bank import default_bank_path
+from neuroweave.surgery.fuse import fuse_checkpoint
+from neuroweave.surgery.fusion_plan import FuseOptions
+from neuroweave.surgery.generated import generated_deltas
 from neuroweave.text import documents
 
 ALPHAS = (0.02, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64)
+ROUNDED = (0.02, 0.1, 1, 8, 32)  # in bfloat16, where the question is what rounding does
 GAMMAS = (0.05, 0.25, 1, 5, 25)
 TOGETHER = 4  # variants in memory beside the original, so that it reads each window once for all of them
 
@@ -57,7 +61,7 @@ def measure(folder: Path, variants: list[Variant], plan: Plan, scratch: Path) ->
     print("\n| variant | weights changed | perplexity | ratio to the original | mean KL | top-1 agreement |")
     print("|---|---|---|---|---|---|")
     first = True
-    for group in itertools.batched(variants, TOGETHER) if hasattr(itertools, "batched") else batches(variants):
+    for group in batches(variants):
         subjects = [fused(folder, variant, scratch) for variant in group]
         found = compare(base, [subject for subject, _ in subjects], text, plan=plan, together=True)
         if first:
@@ -74,8 +78,14 @@ def batches(variants: list[Variant]) -> Iterator[list[Variant]]:
         yield variants[start : start + TOGETHER]
 
 
-def alpha_variants() -> list[Variant]:
-    return [Variant(f"alpha {alpha:g}", {"alpha": alpha}) for alpha in ALPHAS]
+def alpha_variants(dtype: str) -> list[Variant]:
+    if dtype == "float32":
+        return [Variant(f"alpha {alpha:g}", {"alpha": alpha}) for alpha in ALPHAS]
+    random = {"rounding": "stochastic"}
+    return [
+        *(Variant(f"alpha {alpha:g}", {"alpha": alpha}) for alpha in ROUNDED),
+        *(Variant(f"alpha {alpha:g}, stochastic rounding", {"alpha": alpha} | random) for alpha in ROUNDED[:2]),
+    ]
 
 
 def gamma_variants() -> list[Variant]:
@@ -159,7 +169,7 @@ def main() -> None:
                 import_checkpoint(model, folder, dtype=dtype)
                 if "alpha" in arguments.parts:
                     print(f"\n## {model}, {dtype}: alpha (gamma-cap 0.05)")
-                    measure(folder, alpha_variants(), plan, scratch)
+                    measure(folder, alpha_variants(dtype), plan, scratch)
                 if "gamma" in arguments.parts and dtype == "float32":
                     print(f"\n## {model}, {dtype}: gamma-cap (alpha 0.02 where not said)")
                     measure(folder, gamma_variants(), plan, scratch)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neuroweave import __version__
 from neuroweave.checkpoint.header import TensorSpec, build_header, parse_json, read_header
+from neuroweave.checkpoint.manifest import sha256_of
 
 FORMAT_VERSION = 1
+DEFAULT_BANK_FILE = "default_bank.safetensors"
 SOURCE, DERIVATIVE = "source", "derivative"
 _KEY = "neuroweave_bank"
 _MATRICES = ("gate", "up", "down")
@@ -28,11 +32,14 @@ class Neuron:
     """What is known of one neuron of a bank, beside its three directions.
 
     `kind`: `source` or `derivative`. `origin` says where it comes from: for a neuron of a model `{"layer", "index"}`;
-    for a defined one `{"spec": name of the file}`; for a derivative `{"parent": name, "operation": "mirrored" | "scaled"
-    | "moved", ...}`. `behaviour`: the odd piecewise-linear function of `gate.x` that a defined neuron stands for
-    (`{"knots": [...], "slopes": [...], "range": R, "tolerance": t}`), else None. `statistics`: numbers by name, such as
-    norms and activation moments. `response`: the measured curve `{"input": [...], "mean": [...], "deviation": [...]}`.
-    `fired`: the strongest moments in the text, `{"text", "token", "value"}` each.
+    for a defined one `{"spec": name of the file}`; for a derivative `{"parent": name, "operation": "mirrored" |
+    "scaled" | "moved", ...}`. `behaviour`: the odd piecewise-linear function of `gate.x` that a defined neuron stands
+    for (`{"knots": [...], "slopes": [...], "range": R, "tolerance": t}`), else None.
+
+    `statistics`: numbers by name, such as norms and activation moments. `response`: the measured curve, `{"input":
+    [...], "mean": [...], "deviation": [...], "count": [...]}` with one number per bin of `gate.x`. `fired`: the
+    strongest moments in the text, `{"text", "token", "start", "end", "value", "document"}` each, where characters
+    `start:end` of the text are the token.
     """
 
     name: str
@@ -82,13 +89,19 @@ class Bank:
         return len(self.neurons)
 
 
-def save_bank(bank: Bank, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bank:
-    """Write a bank and return it with its hash. Equal banks give equal bytes. The file appears whole or not at all."""
+def check_bank_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The path of a bank that may be written. Raises ValueError when it may not: ask before a long computation."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: exists already; choose another name, or add --overwrite")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path}: not the name of a file in a folder that exists")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path}: exists already; choose another name, or add --overwrite")
+    return path
+
+
+def save_bank(bank: Bank, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bank:
+    """Write a bank and return it with its hash. Equal banks give equal bytes. The file appears whole or not at all."""
+    path = check_bank_output(path, overwrite=overwrite)
     about = {"format": FORMAT_VERSION, **bank.provenance, "neurons": [asdict(neuron) for neuron in bank.neurons]}
     text = json.dumps(about, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     specs = [TensorSpec(name, "F32", bank.gate.shape) for name in _MATRICES]
@@ -119,18 +132,53 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
     about = parse_json(header.metadata[_KEY].encode(), file=str(path), what="bank's description")
     if about.pop("format", None) != FORMAT_VERSION:
         raise ValueError(f"{path}: a bank of another format; this version reads format {FORMAT_VERSION}")
-    raw = path.read_bytes()
+    mapped = np.memmap(path, dtype="u1", mode="r").view(np.ndarray)
     matrices = {}
     for name in _MATRICES:
         entry = header.tensors[name]
         if entry.dtype != "F32" or len(entry.shape) != 2:
             raise ValueError(f"{path}: {name} is {entry.dtype} of shape {list(entry.shape)}, expected F32 [N, d]")
-        data = raw[header.data_start + entry.begin : header.data_start + entry.end]
-        matrices[name] = np.frombuffer(data, dtype="<f4").reshape(entry.shape)
+        data = mapped[header.data_start + entry.begin : header.data_start + entry.end]
+        matrices[name] = data.view("<f4").reshape(entry.shape)
     try:
         neurons = [Neuron(**item) for item in about.pop("neurons")]
-        return Bank(**matrices, neurons=neurons, provenance=about, sha256=hashlib.sha256(raw).hexdigest())
+        return Bank(**matrices, neurons=neurons, provenance=about, sha256=sha256_of(path))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: the bank's description of its neurons is damaged ({error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def join_banks(banks: Sequence[Bank]) -> Bank:
+    """All neurons of several banks, in order; `provenance["banks"]` keeps those of the parts.
+
+    The activation that every part agrees on (parts that state none agree with all) becomes the whole's.
+    Raises ValueError for another hidden size, another activation, or a name that occurs twice.
+    """
+    if not banks:
+        raise ValueError("no banks to join; give at least one")
+    first = banks[0]
+    activation = next((bank.provenance["activation"] for bank in banks if bank.provenance.get("activation")), None)
+    for bank in banks:
+        if bank.hidden_size != first.hidden_size:
+            raise ValueError(f"banks of hidden size {first.hidden_size} and {bank.hidden_size} cannot be joined")
+        other = bank.provenance.get("activation") or activation
+        if other != activation:
+            raise ValueError(f"banks for {activation} and for {other} cannot be joined: one bank has one activation")
+    provenance: dict[str, Any] = {"neuroweave": __version__, "operation": "join", "activation": activation}
+    provenance |= {"banks": [{"neurons": len(bank), **bank.provenance} for bank in banks]}
+    gate, up, down = (np.concatenate([getattr(bank, name) for bank in banks]) for name in _MATRICES)
+    return Bank(gate, up, down, [neuron for bank in banks for neuron in bank.neurons], provenance)
+
+
+def default_bank_path() -> Path:
+    """The file of the bank that comes with the package."""
+    return Path(__file__).with_name(DEFAULT_BANK_FILE)
+
+
+def default_bank() -> Bank:
+    """The bank that comes with the package: neurons of SmolLM2-135M-Instruct and some defined behaviours, d = 576.
+
+    Built by `benchmarks/build_bank.py`.
+    """
+    return load_bank(default_bank_path())
