@@ -10,6 +10,7 @@ from fusion_models import deltas_for, llama_config, mlp_names, weights, write_ch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from neuroweave.cli.main import main
 from neuroweave.surgery.fuse import fuse_checkpoint, stored_deltas
 from neuroweave.surgery.fusion_plan import FuseOptions
 
@@ -119,3 +120,14 @@ def test_what_cannot_grow(tmp_path):
     refused(biased, write_checkpoint(tmp_path / "all", deltas), "an MLP with biases cannot grow")
     infinite = deltas | {names["up"]: torch.full_like(deltas[names["up"]], torch.inf)}
     refused(model, write_checkpoint(tmp_path / "inf", infinite), "NaN or infinite")
+
+
+def test_what_the_command_says(tiny, tmp_path, capsys):
+    words = ["fuse", "--model", tmp_path / "model", "--weights", tmp_path / "deltas", "--mode", "append"]
+    for more in (["--output", tmp_path / "out"], ["--dry-run"]):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in [*words, *more]])
+        assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == f"{tmp_path / 'out'}: neurons appended to 3 layers: 37 to 50, gain 0"
+    assert err == ""

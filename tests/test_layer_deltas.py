@@ -109,6 +109,13 @@ def test_a_scaled_neuron_keeps_its_gain():
     assert sorted({round(norm, 3) for norm in norms.tolist()}) == [1, 2]
 
 
+def test_a_scaled_defined_neuron_scales_the_gains_of_its_group():
+    plain, _ = expand(make_bank(1, 24, defined=(0,)).neurons, "silu")
+    scaled, realised = expand(make_bank(1, 24, defined=(0,), n0={"gain": 2.0}).neurons, "silu")
+    assert scaled.gain.tolist() == (2 * plain.gain).tolist()
+    assert scaled.weight.tolist() == plain.weight.tolist() == np.array(realised[0].fit.weights, "f4").tolist()
+
+
 # The bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 from neuroweave.cli.console import json_option, layers_option, note, overwrite_option, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from neuroweave.surgery.delta_plan import DeltaPlan
+    from neuroweave.surgery.delta_plan import DeltaLayer, DeltaPlan
 
 
 @click.command(
@@ -106,13 +107,21 @@ def show(plan: DeltaPlan, written: Path | None, *, as_json: bool) -> None:
 
 
 def layer_rows(plan: DeltaPlan) -> list[tuple[Any, ...]]:
-    """A row for each run of equal layers: the layers, and what one of them has."""
-    groups: list[tuple[list[int], tuple[Any, ...]]] = []
+    """A row for each run of equal layers: the layers, and what one of them has. Slots that nothing fits may differ."""
+    groups: list[tuple[list[DeltaLayer], tuple[Any, ...]]] = []
     for layer in plan.layers:
         dtypes = "/".join(dict.fromkeys(spec.dtype for spec in layer.specs.values()))
-        row = (layer.kind, layer.activation, layer.neurons, layer.pairs, dtypes, f"{layer.nbytes / 1e6:.2f}")
-        if groups and groups[-1][1] == row and groups[-1][0][-1] == layer.layer - 1:
-            groups[-1][0].append(layer.layer)
+        row = (layer.kind, layer.activation, layer.neurons, dtypes, f"{layer.nbytes / 1e6:.2f}")
+        if groups and groups[-1][1] == row and groups[-1][0][-1].layer == layer.layer - 1:
+            groups[-1][0].append(layer)
         else:
-            groups.append(([layer.layer], row))
-    return [(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}", *row) for run, row in groups]
+            groups.append(([layer], row))
+    return [
+        (_span(each.layer for each in run), *row[:3], _span(each.pairs for each in run), *row[3:])
+        for run, row in groups
+    ]
+
+
+def _span(numbers: Iterable[int]) -> str:
+    known = sorted(numbers)
+    return str(known[0]) if known[0] == known[-1] else f"{known[0]}-{known[-1]}"

@@ -152,17 +152,24 @@ def show_result(result: Any, output: Path, options: Any, *, as_json: bool) -> No
         for projection in ("gate", "up", "down", "other")
         if any(each.projection == projection for each in result.tensors)
     ]
-    warnings = [*result.plan.notes, *rounding_warnings(result.tensors, result.plan.dtypes)]
+    appended = options.mode == "append"
+    warnings = [*result.plan.notes, *([] if appended else rounding_warnings(result.tensors, result.plan.dtypes))]
     if as_json:
         shards = {"rewritten": result.rewritten, "linked": result.linked, "copied": result.copied}
         shards["resumed"] = result.resumed
         print_json({"folder": str(output), "shards": shards, "notes": warnings, "tensors": result.manifest["tensors"]})
         return
-    click.echo(f"{output}: {options.mode}, {len(result.tensors)} tensors changed")
-    print_table(
-        ("projection", "tensors", "relative change", "weights that changed"),
-        ((row["projection"], row["tensors"], row["change"], row["share"]) for row in rows),
-    )
+    if appended:
+        gates = [target for target in result.plan.targets if target.projection == "gate"]
+        grown = sorted({(each.stored.shape[0], each.stored.shape[0] + each.delta.shape[0]) for each in gates})
+        sizes = ", ".join(f"{before} to {after}" for before, after in grown)
+        click.echo(f"{output}: neurons appended to {len(gates)} layers: {sizes}, gain {options.gain:g}")
+    else:
+        click.echo(f"{output}: {options.mode}, {len(result.tensors)} tensors changed")
+        print_table(
+            ("projection", "tensors", "relative change", "weights that changed"),
+            ((row["projection"], row["tensors"], row["change"], row["share"]) for row in rows),
+        )
     parts = [(result.rewritten, "rewritten"), (result.linked, "hard-linked"), (result.copied, "copied")]
     click.echo("shards: " + ", ".join(f"{number} {how}" for number, how in parts if number))
     if result.resumed:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from neuroweave.surgery.bank import Bank, Neuron
-from neuroweave.surgery.curves import curve_of, defined_curve, sparkline, text_plot
+from neuroweave.surgery.curves import curve_of, defined_curve, fires_on, sparkline, text_plot, visible
 
 COLUMNS = (
     "neuron",
@@ -106,7 +106,7 @@ def rows(bank: Bank, neurons: Sequence[Neuron]) -> list[tuple[str, ...]]:
                 *numbers,
                 share,
                 sparkline(curve) if curve else "",
-                fires_on(neuron, TOKENS_WIDTH),
+                fires_on(neuron, length=TOKENS_WIDTH),
             )
         )
     return found
@@ -126,16 +126,6 @@ def origin_text(origin: Mapping[str, Any]) -> str:
     if "layer" in origin:
         return f"layer {origin['layer']}"
     return str(origin.get("spec", ""))
-
-
-def fires_on(neuron: Neuron, length: int) -> str:
-    """The different tokens of a neuron's strongest moments, strongest first, as far as `length` characters go."""
-    words: list[str] = []
-    for moment in neuron.fired:
-        word = visible(str(moment["token"])).strip() or "␣"
-        if word not in words and len(" ".join([*words, word])) <= length:
-            words.append(word)
-    return " ".join(words)
 
 
 # ------------------------------------------------------------------------------------------------------ one neuron
@@ -178,12 +168,6 @@ def moment_lines(neuron: Neuron) -> list[str]:
         marked = f"{before:>{BEFORE}}»{visible(text[start:end])}«{after}"
         lines.append(f"  {value:>{width}}  {marked.rstrip()}  ({moment.get('document', '?')})")
     return lines
-
-
-def visible(text: str) -> str:
-    """A text in one line: line ends become ↵, tabs a space, other unprintable characters a dot."""
-    text = text.replace("\n", "↵").replace("\t", " ")
-    return "".join(letter if letter.isprintable() else "·" for letter in text)
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from neuroweave.surgery.bank import Neuron
-from neuroweave.surgery.curves import DEFINED, Curve, curve_of
+from neuroweave.surgery.curves import DEFINED, Curve, curve_of, fires_on
 
 INK, MUTED, GRID, LINE, OTHER_LINE = "#1c2430", "#6b7482", "#dfe3e8", "#1f6fb2", "#b2541f"
 SUFFIXES = (".png", ".svg")
@@ -63,7 +64,8 @@ def draw_bank(neurons: Sequence[Neuron], path: Path, *, title: str) -> None:
         raise ValueError(
             "none of these neurons has a curve to draw: neither measured on text nor defined by a function"
         )
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph")  # tokens of any script; what the font lacks becomes a box
         figure = page(drawn, title)
         metadata = {"Date": None, "Creator": None} if path.suffix.lower() == ".svg" else {"Software": None}
         figure.savefig(path, metadata=metadata)
@@ -126,14 +128,4 @@ def draw_panel(axes: Any, neuron: Neuron, curve: Curve) -> None:
     axes.locator_params(nbins=4)
     axes.tick_params(length=2, width=0.6)
     axes.set_title(neuron.name, loc="left", size=9, weight="bold", pad=14)
-    axes.text(0, 1.03, fires_on(neuron), transform=axes.transAxes, color=MUTED, size=8)
-
-
-def fires_on(neuron: Neuron, *, length: int = 34) -> str:
-    """The different tokens among a neuron's strongest moments, in that order, as far as `length` characters go."""
-    words: list[str] = []
-    for moment in neuron.fired:
-        word = " ".join(str(moment["token"]).replace("\n", "↵").split()) or "␣"
-        if word not in words and len(", ".join([*words, word])) <= length:
-            words.append(word)
-    return ", ".join(words)
+    axes.text(0, 1.03, fires_on(neuron, length=34, between=", "), transform=axes.transAxes, color=MUTED, size=8)

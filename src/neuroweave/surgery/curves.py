@@ -1,4 +1,4 @@
-"""A neuron's curve, measured or defined, and how it is drawn in characters."""
+"""A neuron's curve, measured or defined, and how it and the tokens that it fires on are shown in characters."""
 
 from __future__ import annotations
 
@@ -86,3 +86,19 @@ def text_plot(curve: Curve, *, width: int = 64, height: int = 13) -> list[str]:
     left, right = f"{curve.input[0]:.3g}", f"{curve.input[-1]:.3g}"
     gap = " " * (width - len(left) - len(right))
     return [*lines, f"{'':>{margin}} └{'─' * width}", f"{'':>{margin}}  {left}{gap}{right}  gate·x"]
+
+
+def fires_on(neuron: Neuron, *, length: int, between: str = " ") -> str:
+    """The different tokens of a neuron's strongest moments, strongest first, as far as `length` characters go."""
+    words: list[str] = []
+    for moment in neuron.fired:
+        word = visible(str(moment["token"])).strip() or "␣"
+        if word not in words and len(between.join([*words, word])) <= length:
+            words.append(word)
+    return between.join(words)
+
+
+def visible(text: str) -> str:
+    """A text in one line: line ends become ↵, tabs a space, other unprintable characters a dot."""
+    text = text.replace("\n", "↵").replace("\t", " ")
+    return "".join(letter if letter.isprintable() else "·" for letter in text)

@@ -49,7 +49,7 @@ def dry_run(
             except ValueError as error:
                 problems.append(str(error))
         stated = (checkpoint.index or {}).get("metadata", {}).get("total_size")
-        notes = [*plan.notes, *rounding_warnings(reports, plan.dtypes)]
+        notes = [*plan.notes, *([] if options.mode == "append" else rounding_warnings(reports, plan.dtypes))]
         if isinstance(stated, int) and stated != checkpoint.nbytes:
             notes.append(f"the index says total_size {stated}, the shards hold {checkpoint.nbytes} bytes of tensors")
         return {
