@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -78,12 +79,21 @@ def differences(built: Bank, shipped: Bank) -> Iterator[str]:
     for name in ("gate", "up", "down"):
         if getattr(built, name).tobytes() != getattr(shipped, name).tobytes():
             yield f"{name}: the directions differ"
-    if built.provenance != shipped.provenance:
+    if unversioned(built.provenance) != unversioned(shipped.provenance):
         yield "the provenance differs"
     for ours, theirs in zip(built.neurons, shipped.neurons, strict=True):
         if (ours.kind, ours.origin, ours.behaviour) != (theirs.kind, theirs.origin, theirs.behaviour):
             yield f"{ours.name}: kind, origin or behaviour differs"
         yield from (f"{ours.name}: {text}" for text in measured_differences(ours, theirs))
+
+
+def unversioned(value: Any) -> Any:
+    """Provenance without the versions of neuroweave that wrote its parts."""
+    if isinstance(value, list):
+        return [unversioned(item) for item in value]
+    if isinstance(value, dict):
+        return {key: unversioned(item) for key, item in value.items() if key != "neuroweave"}
+    return value
 
 
 def measured_differences(ours: Neuron, theirs: Neuron) -> Iterator[str]:

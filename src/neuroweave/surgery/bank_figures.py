@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,8 @@ from neuroweave.surgery.curves import DEFINED, Curve, curve_of, fires_on
 INK, MUTED, GRID, LINE, OTHER_LINE = "#1c2430", "#6b7482", "#dfe3e8", "#1f6fb2", "#b2541f"
 SUFFIXES = (".png", ".svg")
 COLUMNS, PANEL_WIDTH, PANEL_HEIGHT = 4, 2.7, 1.9  # inches
-HEADER, FOOTER = 0.5, 0.72
+HEADER, LINE_HEIGHT = 0.5, 0.14
+LETTERS = 17  # of the explanation, in an inch
 FEW = 5  # observations in a bin, below which its mean says little
 STYLE = {
     "svg.fonttype": "none",
@@ -68,7 +71,9 @@ def draw_bank(neurons: Sequence[Neuron], path: Path, *, title: str) -> None:
         warnings.filterwarnings("ignore", message="Glyph")  # tokens of any script; what the font lacks becomes a box
         figure = page(drawn, title)
         metadata = {"Date": None, "Creator": None} if path.suffix.lower() == ".svg" else {"Software": None}
-        figure.savefig(path, metadata=metadata)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=path.suffix.lower().removeprefix("."), metadata=metadata)
+    path.write_bytes(picture.getvalue())
 
 
 def page(drawn: Sequence[tuple[Neuron, Curve]], title: str) -> Any:
@@ -76,10 +81,13 @@ def page(drawn: Sequence[tuple[Neuron, Curve]], title: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = min(COLUMNS, max(len(drawn), 2))
+    columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    width, height = columns * PANEL_WIDTH, rows * PANEL_HEIGHT + HEADER + FOOTER
-    area = (0.005, FOOTER / height, 0.99, 1 - (HEADER + FOOTER) / height)
+    width = max(columns, 2) * PANEL_WIDTH
+    words = explanation([curve for _, curve in drawn], int(width * LETTERS))
+    footer = 0.22 + LINE_HEIGHT * len(words)
+    height = rows * PANEL_HEIGHT + HEADER + footer
+    area = (0.005, footer / height, 0.99, 1 - (HEADER + footer) / height)
     layout = ConstrainedLayoutEngine(rect=area, hspace=0.06, wspace=0.04)
     figure = Figure(figsize=(width, height), layout=layout)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -88,21 +96,22 @@ def page(drawn: Sequence[tuple[Neuron, Curve]], title: str) -> Any:
     for axes in panels[len(drawn) :]:
         axes.set_axis_off()
     figure.text(0.012, 1 - 0.13 / height, title, size=12, weight="bold", va="top")
-    figure.text(0.012, 0.1 / height, explanation([curve for _, curve in drawn]), color=MUTED, size=8, va="bottom")
+    figure.text(0.012, 0.1 / height, "\n".join(words), color=MUTED, size=8, va="bottom")
     return figure
 
 
-def explanation(curves: Sequence[Curve]) -> str:
-    lines = ["One panel is one neuron. Across: gate·x, its input; upwards: what it multiplies its output direction by."]
+def explanation(curves: Sequence[Curve], letters: int) -> list[str]:
+    """What the panels show, in lines of so many letters."""
+    said = ["One panel is one neuron. Across: gate·x, its input; upwards: what it multiplies its output direction by."]
     if any(curve.kind != DEFINED for curve in curves):
-        lines.append(
+        said.append(
             "Blue: act(gate·x)·(up·x) measured on text, mean and one standard deviation around it, dotted where fewer "
-            f"than {FEW}\nwere seen; grey bars: how often that input occurred (square root). "
-            "Under the name: the tokens of its strongest moments."
+            f"than {FEW} were seen; grey bars: how often that input occurred (square root). Under the name: the tokens "
+            "of its strongest moments."
         )
     if any(curve.kind == DEFINED for curve in curves):
-        lines.append("Orange: the function that a defined neuron stands for.")
-    return "\n".join(lines)
+        said.append("Orange: the function that a defined neuron stands for.")
+    return [line for sentence in said for line in textwrap.wrap(sentence, letters)]
 
 
 def draw_panel(axes: Any, neuron: Neuron, curve: Curve) -> None:
