@@ -9,8 +9,9 @@ float32 and measured against the original on the shipped evaluation prose. The t
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,17 @@ def fused(folder: Path, variant: Variant, scratch: Path) -> tuple[Subject, float
     return Subject(variant.label, model, load_tokenizer(folder)), changed
 
 
-def measure(folder: Path, variants: list[Variant], plan: Plan, scratch: Path) -> None:
-    """Print one row a variant."""
+def measure(
+    folder: Path, variants: list[Variant], plan: Plan, make: Callable[[Variant], tuple[Subject, float]]
+) -> None:
+    """Print one row a variant. `make` gives its model and the share of weights that changed."""
     base = Subject("original", load_model(folder, dtype="float32")[0], load_tokenizer(folder))
     text = documents("evaluation")
     print("\n| variant | weights changed | perplexity | ratio to the original | mean KL | top-1 agreement |")
     print("|---|---|---|---|---|---|")
     first = True
     for group in batches(variants):
-        subjects = [fused(folder, variant, scratch) for variant in group]
+        subjects = [make(variant) for variant in group]
         found = compare(base, [subject for subject, _ in subjects], text, plan=plan, together=True)
         if first:
             print(f"| original | | {bracketed(found.base.perplexity)} | | | |")
@@ -101,17 +104,39 @@ def gamma_variants() -> list[Variant]:
     ]
 
 
+APPENDED = {"neurons": 64, "gate_scale": 0.1}
+CENTRED = "append 64, signs, directions orthogonal to the mean input"
+
+
 def symmetry_variants() -> list[Variant]:
+    """Each case with pairs of opposite and of equal signs, at the same size of the change: a pair of equal signs adds
+    up where opposite ones partly cancel, so appended neurons get the gain that makes up for it."""
     cases = [
-        ("contour, alpha 1 relative", {"alpha": 1.0, "alpha_mode": "relative"}, {}),
-        ("additive, alpha 0.1", {"mode": "additive", "alpha": 0.1}, {}),
-        ("append 64, gain", {"mode": "append", "gain": 1.0}, {"neurons": 64, "gate_scale": 0.1}),
+        ("contour, alpha 0.2 relative", {"alpha": 0.2, "alpha_mode": "relative"}, {}, 1.0),
+        ("additive, alpha 0.1", {"mode": "additive", "alpha": 0.1}, {}, 1.0),
+        ("append 64", {"mode": "append", "gain": 1.0}, APPENDED, 0.6),
     ]
-    return [
-        Variant(f"{label}, {symmetry}", options, generation | {"symmetry": symmetry})
-        for label, options, generation in cases
-        for symmetry in ("signs", "one-sided")
-    ]
+    variants = []
+    for label, options, generation, weaker in cases:
+        variants.append(Variant(f"{label}, signs", options, generation | {"symmetry": "signs"}))
+        options = options | ({"gain": weaker} if "gain" in options else {})
+        variants.append(Variant(f"{label}, one-sided", options, generation | {"symmetry": "one-sided"}))
+    return [*variants, Variant(CENTRED, {"mode": "append", "gain": 1.0}, APPENDED)]
+
+
+@torch.no_grad()
+def centre(base: torch.nn.Module, other: torch.nn.Module, tokens: Tensor) -> None:
+    """Turn the appended neurons' gate and up rows orthogonal to their layer's mean input, so that what they read has
+    no mean: the condition under which a sign-symmetric pair adds none."""
+    for mine, theirs in zip(base.model.layers, other.model.layers, strict=True):
+        means: list[Tensor] = []
+        handle = mine.mlp.register_forward_pre_hook(lambda _, inputs, means=means: means.append(inputs[0].mean((0, 1))))
+        base(tokens)
+        handle.remove()
+        first = mine.mlp.gate_proj.weight.shape[0]
+        for weight in (theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight):
+            rows = weight[first:]
+            rows -= torch.outer(rows @ means[0], means[0]) / means[0].dot(means[0])
 
 
 @torch.no_grad()
@@ -140,15 +165,21 @@ def mean_shift(base: torch.nn.Module, other: torch.nn.Module, tokens: Tensor) ->
 def measure_symmetry(folder: Path, plan: Plan, scratch: Path) -> None:
     base = load_model(folder, dtype="float32")[0]
     tokenizer = load_tokenizer(folder)
-    text = "\n\n".join(document.text for document in documents("calibration")[:8])
-    tokens = torch.tensor([tokenizer(text)["input_ids"][:2048]]).reshape(4, 512)
+    ids = [token for document in documents("calibration")[:8] for token in tokenizer(document.text)["input_ids"][:512]]
+    tokens = torch.tensor(ids[: len(ids) // 512 * 512]).reshape(-1, 512)
     print("\n| variant | size of the change | constant share of it |")
     print("|---|---|---|")
+
+    def prepared(variant: Variant) -> tuple[Subject, float]:
+        subject, changed = fused(folder, variant, scratch)
+        if variant.label == CENTRED:
+            centre(base, subject.model, tokens)
+        return subject, changed
+
     for variant in symmetry_variants():
-        subject, _ = fused(folder, variant, scratch)
-        size, share = mean_shift(base, subject.model, tokens)
+        size, share = mean_shift(base, prepared(variant)[0].model, tokens)
         print(f"| {variant.label} | {size:.4f} | {share:.4f} |", flush=True)
-    measure(folder, symmetry_variants(), plan, scratch)
+    measure(folder, symmetry_variants(), plan, prepared)
 
 
 def main() -> None:
@@ -167,12 +198,13 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 folder = scratch / f"{model.partition(':')[2]}-{dtype}"
                 import_checkpoint(model, folder, dtype=dtype)
+                make = functools.partial(fused, folder, scratch=scratch)
                 if "alpha" in arguments.parts:
                     print(f"\n## {model}, {dtype}: alpha (gamma-cap 0.05)")
-                    measure(folder, alpha_variants(dtype), plan, scratch)
+                    measure(folder, alpha_variants(dtype), plan, make)
                 if "gamma" in arguments.parts and dtype == "float32":
                     print(f"\n## {model}, {dtype}: gamma-cap (alpha 0.02 where not said)")
-                    measure(folder, gamma_variants(), plan, scratch)
+                    measure(folder, gamma_variants(), plan, make)
                 if "symmetry" in arguments.parts and dtype == "float32":
                     print(f"\n## {model}, {dtype}: sign-symmetric against one-sided")
                     measure_symmetry(folder, plan, scratch)

@@ -114,7 +114,7 @@ def draw_windows(
             size = min(body, len(encoded[index].token_ids) - turn * body)
             if size + len(start) > SETTLED and (turn == 0 or 2 * size >= body):
                 chosen.append((index, turn))
-                total += size
+                total += size + len(start)
                 reached = True
         if not reached:
             break
