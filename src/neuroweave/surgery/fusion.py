@@ -11,6 +11,7 @@ up. Standard deviations are the population's, over the tensor. Source: the Fusio
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from neuroweave.surgery.randomness import random_bits
 
-BLOCK = 1 << 15  # elements: five float32 buffers of this size stay in a core's cache
+BLOCK = 1 << 17  # elements; with smaller blocks the threads wait for each other between array operations
 _DOT = 1 << 13  # longer dot products would start the threads of the BLAS
 EXACT_BELOW = 1 << 20  # smaller tensors are summed in float64
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -87,6 +88,16 @@ class Moments:
         )
 
 
+class _Buffers(threading.local):
+    """Where a thread widens a block to float32."""
+
+    def __init__(self) -> None:
+        self.wide = np.empty(BLOCK, "f4")
+
+
+_buffers = _Buffers()
+
+
 def block_moments(values: np.ndarray, *, exact: bool, shift: float = 0.0) -> Moments:
     """The moments of `values - shift`. `exact`: float64 throughout, else float32 over 8,192 at a time."""
     flat = values.reshape(-1)
@@ -96,12 +107,16 @@ def block_moments(values: np.ndarray, *, exact: bool, shift: float = 0.0) -> Mom
             return Moments(flat.size, float(wide.sum()), float((wide * wide).sum()))
     total = squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
+        buffer = _buffers.wide
         for begin in range(0, flat.size, BLOCK):
-            wide = flat[begin : begin + BLOCK].astype("f4")
-            for start in range(0, wide.size, _DOT):
-                part = wide[start : start + _DOT]
-                squares += float(np.dot(part, part))
-                total += float(np.dot(part, _ONES[: part.size]))
+            part = flat[begin : begin + BLOCK]
+            wide = buffer[: part.size]
+            np.copyto(wide, part, casting="unsafe")
+            squares += _squares(wide)
+            whole = wide.size // _DOT * _DOT
+            if whole:
+                total += float(np.matmul(wide[:whole].reshape(-1, 1, _DOT), _ONES[:, None]).sum(dtype="f8"))
+            total += float(np.dot(wide[whole:], _ONES[: wide.size - whole]))
     if not (math.isfinite(total) and math.isfinite(squares)) and bool(np.isfinite(flat.astype("f4")).all()):
         return block_moments(values, exact=True)  # finite, but the squares are too large for float32
     return Moments(flat.size, total, squares)
@@ -153,12 +168,20 @@ class Workspace:
     """The buffers of one thread, `BLOCK` elements each: three to compute in, by stored dtype, and the results."""
 
     def __init__(self) -> None:
-        self._arithmetic = {dtype: [np.empty(BLOCK, dtype) for _ in range(3)] for dtype in ("f4", "f8")}
-        self.new = {code: np.empty(BLOCK, dtype) for code, dtype in STORED.items()}
+        self._arithmetic: dict[str, list[np.ndarray]] = {}
+        self._new: dict[str, np.ndarray] = {}
         self.differs = np.empty(BLOCK, bool)
 
     def arithmetic(self, stored: str) -> list[np.ndarray]:
-        return self._arithmetic["f8" if stored == "F32" else "f4"]
+        wide = "f8" if stored == "F32" else "f4"
+        if wide not in self._arithmetic:
+            self._arithmetic[wide] = [np.empty(BLOCK, wide) for _ in range(3)]
+        return self._arithmetic[wide]
+
+    def new(self, stored: str) -> np.ndarray:
+        if stored not in self._new:
+            self._new[stored] = np.empty(BLOCK, STORED[stored])
+        return self._new[stored]
 
 
 def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Workspace) -> Effect:
@@ -172,7 +195,7 @@ def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Work
     number = out.dtype.type
     np.copyto(wide, w, casting="unsafe")
     np.copyto(delta, d, casting="unsafe")
-    new = space.new[edit.dtype][:size].reshape(shape)
+    new = space.new(edit.dtype)[:size].reshape(shape)
     with np.errstate(over="ignore", invalid="ignore"):
         FORMULAS[edit.formula](wide, delta, out, scale=number(edit.scale), gamma=number(edit.gamma))
         if edit.seed is None:
@@ -195,9 +218,15 @@ def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Work
 
 
 def _squares(flat: np.ndarray) -> float:
-    return sum(
-        float(np.dot(part, part)) for part in (flat[start : start + _DOT] for start in range(0, flat.size, _DOT))
-    )
+    """The sum of squares, over 8,192 at a time in one call."""
+    whole = flat.size // _DOT * _DOT
+    total = 0.0
+    if whole:
+        rows = flat[:whole].reshape(-1, 1, _DOT)
+        total = float(np.matmul(rows, rows.reshape(-1, _DOT, 1)).sum(dtype="f8"))
+    if whole < flat.size:
+        total += float(np.dot(flat[whole:], flat[whole:]))
+    return total
 
 
 def _not_finite(edit: Edit, w: np.ndarray, d: np.ndarray) -> str:
