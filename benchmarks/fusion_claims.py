@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from neuroweave.surgery.fusion.fuse import fuse_checkpoint
+from neuroweave.surgery.fusion.generated import generated_deltas
+from neuroweave.surgery.fusion.plan import FuseOptions
+from neuroweave.surgery.neurons.bank import default_bank_path
 from torch import Tensor
 
 from neuroweave.checkpoint import import_checkpoint
@@ -24,10 +28,6 @@ from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.diagnose import Plan, Subject, compare
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.verdict import bracketed
-from neuroweave.surgery.bank import default_bank_path
-from neuroweave.surgery.fuse import fuse_checkpoint
-from neuroweave.surgery.fusion_plan import FuseOptions
-from neuroweave.surgery.generated import generated_deltas
 from neuroweave.text import documents
 
 ALPHAS = (0.02, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64)

@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from neuroweave.surgery.neurons.bank import Bank, Neuron, load_bank, save_bank
+from neuroweave.surgery.neurons.behaviours import define_neurons
+from neuroweave.surgery.neurons.pair_fit import SYMMETRIC, PiecewiseLinear, fit_pairs, pair_output, piecewise_linear
 from scipy.special import erf, expit
-
-from neuroweave.surgery.bank import Bank, Neuron, load_bank, save_bank
-from neuroweave.surgery.behaviours import define_neurons
-from neuroweave.surgery.pair_fit import SYMMETRIC, PiecewiseLinear, fit_pairs, pair_output, piecewise_linear
 
 REFERENCE = {
     "silu": lambda s: s * expit(s),

@@ -11,6 +11,9 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
+from neuroweave.surgery.neurons.deltas import GeneratedDeltas, plan_deltas, write_deltas
+from neuroweave.surgery.neurons.derive import derive_bank
 from safetensors import safe_open
 from test_inspect import GEMMA4_CONFIG, gemma4_31b_specs, sparse_checkpoint
 
@@ -20,10 +23,7 @@ from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.sealed import seal
 from neuroweave.checkpoint.writer import ShardWriter, plan_shards
 from neuroweave.cli.main import main
-from neuroweave.surgery import deltas as deltas_module
-from neuroweave.surgery.bank import Bank, Neuron, save_bank
-from neuroweave.surgery.deltas import GeneratedDeltas, plan_deltas, write_deltas
-from neuroweave.surgery.derive import derive_bank
+from neuroweave.surgery.neurons import deltas as deltas_module
 
 HIDDEN = 12
 BEHAVIOUR = {"knots": [0.0], "slopes": [1.0], "range": 4.0, "tolerance": 0.05}

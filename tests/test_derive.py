@@ -4,9 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
-
-from neuroweave.surgery.bank import Bank, Neuron, save_bank
-from neuroweave.surgery.derive import derive_bank
+from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
+from neuroweave.surgery.neurons.derive import derive_bank
 
 
 def sources(count=3, size=123, seed=0):

@@ -12,18 +12,18 @@ import scipy.special
 import scipy.stats
 import torch
 from families import tiny_model as tiny_family
+from neuroweave.surgery.neurons.bank import Bank, default_bank, default_bank_path, join_banks, load_bank, save_bank
+from neuroweave.surgery.neurons.curves import Curve, curve_of, sparkline, text_plot
+from neuroweave.surgery.neurons.extraction import extract_neurons, model_record
+from neuroweave.surgery.neurons.neuron_statistics import FINE, ChosenStatistics, Moments
+from neuroweave.surgery.neurons.selection import best, shares
+from neuroweave.surgery.neurons.text_windows import Window, draw_windows, encode, start_token
 from tiny_llama import Text, texts, tiny_model, tiny_tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from neuroweave.checkpoint import Checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
-from neuroweave.surgery.bank import Bank, default_bank, default_bank_path, join_banks, load_bank, save_bank
-from neuroweave.surgery.curves import Curve, curve_of, sparkline, text_plot
-from neuroweave.surgery.extraction import extract_neurons, model_record
-from neuroweave.surgery.neuron_statistics import FINE, ChosenStatistics, Moments
 from neuroweave.surgery.patching import patch
-from neuroweave.surgery.selection import best, shares
-from neuroweave.surgery.text_windows import Window, draw_windows, encode, start_token
 from neuroweave.text import documents
 
 SETTLED = 8
@@ -391,7 +391,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 def small_bank(seed: int, *, hidden: int = 32, activation: str | None = "silu") -> Bank:
     draw = np.random.default_rng(seed)
     gate, up, down = draw.standard_normal((3, 2, hidden)).astype(np.float32)
-    from neuroweave.surgery.bank import SOURCE, Neuron
+    from neuroweave.surgery.neurons.bank import SOURCE, Neuron
 
     neurons = [Neuron(f"{seed}.{number}", SOURCE) for number in range(2)]
     return Bank(gate, up, down, neurons, {"activation": activation, "seed": seed})

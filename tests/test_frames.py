@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.fft
-
-from neuroweave.surgery.frames import (
+from neuroweave.surgery.neurons.frames import (
     GRID,
     LARGEST,
     Frames,
@@ -18,7 +17,7 @@ from neuroweave.surgery.frames import (
     level,
     unit_directions,
 )
-from neuroweave.surgery.randomness import permutation, random_bits
+from neuroweave.surgery.neurons.randomness import permutation, random_bits
 
 SIZES = [1, 2, 3, 7, 123, 576]
 

@@ -23,15 +23,15 @@ from fusion_models import (
     weights,
     write_checkpoint,
 )
+from neuroweave.surgery.fusion.fuse import fuse_checkpoint, stored_deltas
+from neuroweave.surgery.fusion.plan import FuseOptions
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from neuroweave.checkpoint import Checkpoint
 from neuroweave.checkpoint.journal import JOURNAL_FILE
 from neuroweave.checkpoint.manifest import read_manifest, sha256_of
-from neuroweave.surgery import tensor_edit
-from neuroweave.surgery.fuse import fuse_checkpoint, stored_deltas
-from neuroweave.surgery.fusion_plan import FuseOptions
+from neuroweave.surgery.fusion import tensor_edit
 
 STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23}  # relative to the binade's start
 
@@ -315,7 +315,7 @@ def test_stochastic_rounding_to_float16_reaches_both_neighbours(tmp_path):
 
 SLOW = """
 import sys, time
-import neuroweave.surgery.tensor_edit as edit
+import neuroweave.surgery.fusion.tensor_edit as edit
 original = edit.edit_block
 def slow(*arguments):
     time.sleep(0.003)

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 from fusion_models import HIDDEN, llama_config, weights, write_checkpoint
+from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
 from safetensors.torch import save_file
 
 from neuroweave.checkpoint.manifest import read_manifest, sha256_of
 from neuroweave.cli.main import main
-from neuroweave.surgery.bank import Bank, Neuron, save_bank
 
 
 @pytest.fixture

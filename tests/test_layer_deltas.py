@@ -8,13 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scipy.fft
+from neuroweave.surgery.neurons.bank import Bank, Neuron
+from neuroweave.surgery.neurons.frames import Frames
+from neuroweave.surgery.neurons.layer_deltas import DTYPES, LayerDeltas, PreparedBank
+from neuroweave.surgery.neurons.randomness import permutation
+from neuroweave.surgery.neurons.slots import Layout, Slots, expand, without_twins
 from scipy.special import expit
-
-from neuroweave.surgery.bank import Bank, Neuron
-from neuroweave.surgery.frames import Frames
-from neuroweave.surgery.layer_deltas import DTYPES, LayerDeltas, PreparedBank
-from neuroweave.surgery.randomness import permutation
-from neuroweave.surgery.slots import Layout, Slots, expand, without_twins
 
 BEHAVIOUR = {"knots": [0.0, 1.0], "slopes": [0.0, 1.0], "range": 4.0, "tolerance": 0.05}
 SCALE = 0.02
@@ -167,7 +166,7 @@ def test_rounding_is_to_the_nearest(dtype, projection):
 
 
 def test_bfloat16_ties_go_to_even():
-    from neuroweave.surgery.layer_deltas import _store_pairs, _stored_bits
+    from neuroweave.surgery.neurons.layer_deltas import _store_pairs, _stored_bits
 
     bits = np.random.default_rng(0).integers(0, 0x7F00, 4000).astype("u4") << 16
     values = (bits | np.array([0x8000, 0x7FFF, 0x8001, 0], "u4").repeat(1000)).view("f4").reshape(4, 1000)

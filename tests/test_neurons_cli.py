@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from neuroweave.surgery.neurons.bank import DERIVATIVE, SOURCE, Bank, Neuron, load_bank, save_bank
+from neuroweave.surgery.neurons.extraction import extract_neurons
 from tiny_llama import texts, tiny_model, tiny_tokenizer
 
 from neuroweave.cli import main as main_module
-from neuroweave.surgery.bank import DERIVATIVE, SOURCE, Bank, Neuron, load_bank, save_bank
-from neuroweave.surgery.extraction import extract_neurons
 
 COMMANDS_ENTRY = ("neurons", "Make, derive and show banks of neurons.")
 
@@ -302,8 +302,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for name in ("extract", "define", "derive", "show"):
         assert f"\n  {name} " in printed
-    from neuroweave.surgery.extraction import TOKENS, WINDOW
-    from neuroweave.surgery.selection import SELECTIONS
+    from neuroweave.surgery.neurons.extraction import TOKENS, WINDOW
+    from neuroweave.surgery.neurons.selection import SELECTIONS
 
     assert run("extract", "--help") == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -21,7 +21,7 @@ TOKENS = 16
 
 @click.command("audit")
 @click.argument("model")
-@click.option("--forbid",  metavar="NAMES", help="Exit 1 if one of these ran, e.g. silu,gelu.")
+@click.option("--forbid", metavar="NAMES", help="Exit 1 if one of these ran, e.g. silu,gelu.")
 @click.option("--prompt", metavar="TEXT", help=f"Text to run.  [default: {TOKENS} token ids across the vocabulary]")
 @json_option
 def command(model: str, forbid: str | None, prompt: str | None, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import click
 from neuroweave.cli.console import json_option, layers_option, note, overwrite_option, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from neuroweave.surgery.delta_plan import DeltaLayer, DeltaPlan
+    from neuroweave.surgery.neurons.delta_plan import DeltaLayer, DeltaPlan
 
 
 @click.command(
@@ -54,8 +54,8 @@ def command(
 ) -> None:  # fmt: skip
     from neuroweave.checkpoint.hub import local_folder
     from neuroweave.checkpoint.staging import check_free_space, check_output
-    from neuroweave.surgery.bank import default_bank, load_bank
-    from neuroweave.surgery.deltas import GATE_SCALE, plan_deltas, write_deltas
+    from neuroweave.surgery.neurons.bank import default_bank, load_bank
+    from neuroweave.surgery.neurons.deltas import GATE_SCALE, plan_deltas, write_deltas
 
     if output_dir is None and not dry_run:
         raise click.UsageError("give --output-dir, the folder to write, or --dry-run")

@@ -11,7 +11,7 @@ import click
 from neuroweave.cli.console import json_option, note, overwrite_option, print_json, progress
 
 if TYPE_CHECKING:
-    from neuroweave.surgery.delta_extraction import ExtractedDelta
+    from neuroweave.surgery.fusion.delta_extraction import ExtractedDelta
 
 
 @click.command(
@@ -40,7 +40,7 @@ def command(
     overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from neuroweave.checkpoint.hub import local_folder
-    from neuroweave.surgery.delta_extraction import extract_delta
+    from neuroweave.surgery.fusion.delta_extraction import extract_delta
 
     with progress("extract") as report:
         found = extract_delta(
@@ -68,7 +68,7 @@ def command(
 
 def fuse_command(a: str, output: Path) -> str:
     """The command that applies the delta in `output` to A; its own output is for the user to name."""
-    from neuroweave.surgery.delta_extraction import APPLIED_BY
+    from neuroweave.surgery.fusion.delta_extraction import APPLIED_BY
 
     options = [
         word for key, value in APPLIED_BY.items() for word in (f"--{key.replace('_', '-')}", f"{value:g}" if

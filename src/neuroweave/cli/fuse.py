@@ -66,7 +66,7 @@ def command(
     gate_scale: float | None, **numbers: Any,
 ) -> None:  # fmt: skip
     from neuroweave.checkpoint.hub import local_folder
-    from neuroweave.surgery.fusion_plan import FuseOptions
+    from neuroweave.surgery.fusion.plan import FuseOptions
 
     if output is None and not dry_run:
         raise click.UsageError("--output is needed (or --dry-run)")
@@ -79,7 +79,7 @@ def command(
     if dry_run:
         show_plan(folder, output, deltas, options, as_json=as_json, overwrite=overwrite)
         return
-    from neuroweave.surgery.fuse import fuse_checkpoint
+    from neuroweave.surgery.fusion.fuse import fuse_checkpoint
 
     assert output is not None
     with progress("fusing", unit="B") as report:
@@ -94,7 +94,7 @@ def delta_input(
     weights: Path | None, bank: Path | None, model: Path, seed: int, neurons: int | None, gate_scale: float | None
 ) -> Any:
     """The deltas that the options mean: a folder, or a bank and a seed."""
-    from neuroweave.surgery.fuse import stored_deltas
+    from neuroweave.surgery.fusion.fuse import stored_deltas
 
     if (weights is None) == (bank is None):
         raise click.UsageError("give either --weights (a folder of deltas) or --bank (and --seed)")
@@ -102,8 +102,8 @@ def delta_input(
         if neurons is not None or gate_scale is not None:
             raise click.UsageError("--neurons and --gate-scale belong to --bank; a folder of deltas has its own")
         return stored_deltas(weights)
-    from neuroweave.surgery.bank import default_bank_path
-    from neuroweave.surgery.generated import generated_deltas
+    from neuroweave.surgery.fusion.generated import generated_deltas
+    from neuroweave.surgery.neurons.bank import default_bank_path
 
     assert bank is not None
     bank = default_bank_path() if str(bank) == "default" else bank
@@ -112,7 +112,7 @@ def delta_input(
 
 
 def show_plan(folder: Path, output: Path | None, deltas: Any, options: Any, *, as_json: bool, overwrite: bool) -> None:
-    from neuroweave.surgery.dry_run import dry_run
+    from neuroweave.surgery.fusion.dry_run import dry_run
 
     found = dry_run(folder, output, deltas, options, overwrite=overwrite)
     if as_json:
@@ -145,7 +145,7 @@ def show_plan(folder: Path, output: Path | None, deltas: Any, options: Any, *, a
 
 
 def show_result(result: Any, output: Path, options: Any, *, as_json: bool) -> None:
-    from neuroweave.surgery.fusion_estimate import rounding_warnings
+    from neuroweave.surgery.fusion.estimate import rounding_warnings
 
     rows = [
         {"projection": projection, **summed([each for each in result.tensors if each.projection == projection])}

@@ -14,7 +14,7 @@ from neuroweave.cli.console import json_option, note, print_json, print_table
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from neuroweave.surgery.bank import Bank
+    from neuroweave.surgery.neurons.bank import Bank
 
 FILE = click.Path(path_type=Path)
 output_option: Callable[[Any], Any] = click.option(
@@ -79,14 +79,14 @@ def extract(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from neuroweave.surgery.bank import check_bank_output
+    from neuroweave.surgery.neurons.bank import check_bank_output
 
     check_bank_output(output, overwrite=overwrite)
     from tqdm import tqdm
 
     from neuroweave.checkpoint.hub import local_folder
     from neuroweave.checkpoint.loading import load_model, load_tokenizer
-    from neuroweave.surgery.extraction import TOKENS, WINDOW, extract_neurons, model_record
+    from neuroweave.surgery.neurons.extraction import TOKENS, WINDOW, extract_neurons, model_record
     from neuroweave.text import documents, read_documents
 
     texts = read_documents(data) if data else documents("calibration")
@@ -124,10 +124,10 @@ def extract(
 @overwrite_option
 @json_option
 def define(spec: Path, seed: int, output: Path, overwrite: bool, as_json: bool) -> None:
-    from neuroweave.surgery.bank import check_bank_output
+    from neuroweave.surgery.neurons.bank import check_bank_output
 
     check_bank_output(output, overwrite=overwrite)
-    from neuroweave.surgery.behaviours import define_neurons
+    from neuroweave.surgery.neurons.behaviours import define_neurons
 
     finish(define_neurons(spec, seed=seed), output, overwrite, as_json)
 
@@ -153,10 +153,10 @@ def derive(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from neuroweave.surgery.bank import check_bank_output, load_bank
+    from neuroweave.surgery.neurons.bank import check_bank_output, load_bank
 
     check_bank_output(output, overwrite=overwrite)
-    from neuroweave.surgery.derive import GAINS, PER_SOURCE, derive_bank
+    from neuroweave.surgery.neurons.derive import GAINS, PER_SOURCE, derive_bank
 
     count = PER_SOURCE if per_source is None else per_source
     derived = derive_bank(load_bank(bank), seed=seed, per_source=count, gains=gains or GAINS)
@@ -180,7 +180,7 @@ def derive(
 @json_option
 def show(bank: Path | None, name: str | None, figure: Path | None, limit: int, overwrite: bool, as_json: bool) -> None:
     from neuroweave.cli import neurons_text
-    from neuroweave.surgery.bank import default_bank, load_bank
+    from neuroweave.surgery.neurons.bank import default_bank, load_bank
 
     if limit < 0:
         raise ValueError(f"--limit {limit}: expected 0 (all) or more")
@@ -188,7 +188,7 @@ def show(bank: Path | None, name: str | None, figure: Path | None, limit: int, o
     title = "the bank of the package" if bank is None else bank.name
     shown = [neurons_text.find_neuron(opened, name)] if name else opened.neurons[: limit or None]
     if figure is not None:
-        from neuroweave.surgery.bank_figures import check_figure, draw_bank
+        from neuroweave.surgery.neurons.figures import check_figure, draw_bank
 
         left_out = f", {len(shown)} of {len(opened)} neurons" if len(shown) < len(opened) else f", {len(shown)} neurons"
         draw_bank(shown, check_figure(figure, overwrite=overwrite), title=title + left_out)
@@ -218,7 +218,7 @@ def chosen_layers(text: str | None, model: Any) -> list[int] | None:
 
 def finish(bank: Bank, output: Path, overwrite: bool, as_json: bool, *, seconds: float | None = None) -> None:
     """Save a bank and say so."""
-    from neuroweave.surgery.bank import save_bank
+    from neuroweave.surgery.neurons.bank import save_bank
 
     saved = save_bank(bank, output, overwrite=overwrite)
     size = output.stat().st_size

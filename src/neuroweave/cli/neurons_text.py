@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from neuroweave.surgery.bank import Bank, Neuron
-from neuroweave.surgery.curves import curve_of, defined_curve, fires_on, sparkline, text_plot, visible
+from neuroweave.surgery.neurons.bank import Bank, Neuron
+from neuroweave.surgery.neurons.curves import curve_of, defined_curve, fires_on, sparkline, text_plot, visible
 
 COLUMNS = (
     "neuron",

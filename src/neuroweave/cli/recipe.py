@@ -20,7 +20,7 @@ def command() -> None:
 @command.command("show", help="Print the recipe of the fused checkpoint FOLDER as JSON, to be saved and shared.")
 @click.argument("folder", type=click.Path(path_type=Path))
 def show(folder: Path) -> None:
-    from neuroweave.surgery.fusion_recipe import fusion_recipe
+    from neuroweave.surgery.fusion.recipe import fusion_recipe
 
     print_json(fusion_recipe(folder))
 
@@ -40,11 +40,12 @@ def replay(
     file: Path, model: str, output: Path, bank: Path | None, weights: Path | None, workers: int | None, overwrite: bool
 ) -> None:
     from neuroweave.checkpoint.hub import local_folder
-    from neuroweave.surgery import fusion_recipe
+    from neuroweave.surgery.fusion.recipe import load_recipe
+    from neuroweave.surgery.fusion.recipe import replay as replay_recipe
 
-    recipe = fusion_recipe.load_recipe(file)
+    recipe = load_recipe(file)
     with progress("fusing") as report:
-        result = fusion_recipe.replay(
+        result = replay_recipe(
             recipe, local_folder(model), output, bank=bank, weights=weights, workers=workers, overwrite=overwrite,
             progress=report,
         )  # fmt: skip

@@ -5,7 +5,7 @@ Shape-contoured, gate:  W * (1 + clamp(D, -gamma, gamma))
 Additive:               W + scale * D
 
 Float32 arithmetic, one rounding to the stored dtype; float64 where float32 is stored, so that four roundings do not add
-up. Standard deviations are the population's, over the tensor. Source: the Fusion issue; docs/fusion.md has the formulas.
+up. Standard deviations are the population's, over the tensor. Source: the Fusion issue; docs/fusion.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from neuroweave.surgery.randomness import random_bits
+from neuroweave.surgery.neurons.randomness import random_bits
 
 BLOCK = 1 << 17  # elements; with smaller blocks the threads wait for each other between array operations
 _DOT = 1 << 13  # longer dot products would start the threads of the BLAS

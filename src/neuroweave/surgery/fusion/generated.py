@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from neuroweave.surgery.bank import load_bank
-from neuroweave.surgery.deltas import GeneratedDeltas, plan_deltas
-from neuroweave.surgery.fuse import DeltaInput
+from neuroweave.surgery.fusion.fuse import DeltaInput
+from neuroweave.surgery.neurons.bank import load_bank
+from neuroweave.surgery.neurons.deltas import GeneratedDeltas, plan_deltas
 
 
 def generated_deltas(model: str | Path, bank: str | Path, **parameters: Any) -> DeltaInput:

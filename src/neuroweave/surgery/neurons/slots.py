@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, Int
 
-from neuroweave.surgery.bank import Bank, Neuron
-from neuroweave.surgery.pair_fit import PairFit, PiecewiseLinear, fit_pairs
-from neuroweave.surgery.randomness import permutation
+from neuroweave.surgery.neurons.bank import Bank, Neuron
+from neuroweave.surgery.neurons.pair_fit import PairFit, PiecewiseLinear, fit_pairs
+from neuroweave.surgery.neurons.randomness import permutation
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neuroweave import __version__
 from neuroweave.checkpoint.manifest import sha256_of
-from neuroweave.surgery.bank import SOURCE, Bank, Neuron, load_bank
-from neuroweave.surgery.frames import LARGEST, unit_directions
-from neuroweave.surgery.pair_fit import (
+from neuroweave.surgery.neurons.bank import SOURCE, Bank, Neuron, load_bank
+from neuroweave.surgery.neurons.frames import LARGEST, unit_directions
+from neuroweave.surgery.neurons.pair_fit import (
     DEFAULT_RANGE,
     DEFAULT_TOLERANCE,
     SYMMETRIC,
@@ -34,7 +34,7 @@ from neuroweave.surgery.pair_fit import (
     fit_pairs,
     piecewise_linear,
 )
-from neuroweave.surgery.randomness import random_bits
+from neuroweave.surgery.neurons.randomness import random_bits
 from neuroweave.surgery.recipe import nearest
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from neuroweave.surgery.bank import Neuron
-from neuroweave.surgery.pair_fit import PiecewiseLinear
+from neuroweave.surgery.neurons.bank import Neuron
+from neuroweave.surgery.neurons.pair_fit import PiecewiseLinear
 
 MEASURED, DEFINED = "measured", "defined"
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from neuroweave.checkpoint.reader import Checkpoint
-from neuroweave.surgery.fuse import TensorReport
-from neuroweave.surgery.fusion import STORED, Edit, Effect, Moments, Workspace, block_moments, edit_block
-from neuroweave.surgery.fusion_plan import DeltaSource, FuseOptions, FusionPlan, Target
+from neuroweave.surgery.fusion.arithmetic import STORED, Edit, Effect, Moments, Workspace, block_moments, edit_block
+from neuroweave.surgery.fusion.fuse import TensorReport
+from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, FusionPlan, Target
 
 SAMPLED_ROWS = 16
 SAMPLED_COLUMNS = 1 << 11

@@ -22,7 +22,7 @@ import math
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, UInt32
 
-from neuroweave.surgery.randomness import permutation, random_bits
+from neuroweave.surgery.neurons.randomness import permutation, random_bits
 
 GRID = 1 << 24
 LARGEST = 1 << 15  # hidden size; integers below stay in 32 and 63 bits

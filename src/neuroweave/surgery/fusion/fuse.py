@@ -23,11 +23,11 @@ from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manif
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
 from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_pieces
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
-from neuroweave.surgery.append import added_bytes, append_shard, check_append, write_grown_files
-from neuroweave.surgery.delta_source import StoredDeltas
-from neuroweave.surgery.fusion import Effect
-from neuroweave.surgery.fusion_plan import DeltaSource, FuseOptions, FusionPlan, Target, plan_fusion
-from neuroweave.surgery.tensor_edit import TensorEdit
+from neuroweave.surgery.fusion.append import added_bytes, append_shard, check_append, write_grown_files
+from neuroweave.surgery.fusion.arithmetic import Effect
+from neuroweave.surgery.fusion.delta_source import StoredDeltas
+from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, FusionPlan, Target, plan_fusion
+from neuroweave.surgery.fusion.tensor_edit import TensorEdit
 
 _LINK_ABOVE = 1 << 26  # other files that are larger are hard-linked where possible
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from neuroweave.checkpoint.header import parse_json
 from neuroweave.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from neuroweave.surgery.bank import default_bank_path
-from neuroweave.surgery.fuse import DeltaInput, FusionResult, fuse_checkpoint, stored_deltas
-from neuroweave.surgery.fusion_plan import FuseOptions
-from neuroweave.surgery.generated import generated_deltas
+from neuroweave.surgery.fusion.fuse import DeltaInput, FusionResult, fuse_checkpoint, stored_deltas
+from neuroweave.surgery.fusion.generated import generated_deltas
+from neuroweave.surgery.fusion.plan import FuseOptions
+from neuroweave.surgery.neurons.bank import default_bank_path
 
 FORMAT_VERSION = 1
 

@@ -20,9 +20,9 @@ from neuroweave.checkpoint.manifest import file_entry, write_manifest
 from neuroweave.checkpoint.reader import INDEX_FILE
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.checkpoint.writer import DEFAULT_MAX_SHARD_SIZE, ShardWriter, plan_shards
-from neuroweave.surgery.bank import Bank
-from neuroweave.surgery.delta_plan import GATE_SCALE, PROJECTIONS, DeltaLayer, DeltaPlan, plan_deltas
-from neuroweave.surgery.layer_deltas import SYMMETRIES, LayerDeltas, PreparedBank, Projection
+from neuroweave.surgery.neurons.bank import Bank
+from neuroweave.surgery.neurons.delta_plan import GATE_SCALE, PROJECTIONS, DeltaLayer, DeltaPlan, plan_deltas
+from neuroweave.surgery.neurons.layer_deltas import SYMMETRIES, LayerDeltas, PreparedBank, Projection
 
 __all__ = ["GATE_SCALE", "DeltaPlan", "GeneratedDeltas", "default_workers", "plan_deltas", "write_deltas"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float64, Int
 
-from neuroweave.surgery.neuron_statistics import LayerStatistics
+from neuroweave.surgery.neurons.neuron_statistics import LayerStatistics
 
 FEWEST = 8  # tokens that a selective neuron fires on
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.staging import check_free_space, check_output
-from neuroweave.surgery.append import added_bytes
-from neuroweave.surgery.fuse import DeltaInput, complete_plan, report_of
-from neuroweave.surgery.fusion import Effect
-from neuroweave.surgery.fusion_estimate import coverage_matrix, estimate, rounding_warnings
-from neuroweave.surgery.fusion_plan import FuseOptions
+from neuroweave.surgery.fusion.append import added_bytes
+from neuroweave.surgery.fusion.arithmetic import Effect
+from neuroweave.surgery.fusion.estimate import coverage_matrix, estimate, rounding_warnings
+from neuroweave.surgery.fusion.fuse import DeltaInput, complete_plan, report_of
+from neuroweave.surgery.fusion.plan import FuseOptions
 
 
 def dry_run(

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from neuroweave.surgery.bank import Neuron
-from neuroweave.surgery.curves import DEFINED, Curve, curve_of, fires_on
+from neuroweave.surgery.neurons.bank import Neuron
+from neuroweave.surgery.neurons.curves import DEFINED, Curve, curve_of, fires_on
 
 INK, MUTED, GRID, LINE, OTHER_LINE = "#1c2430", "#6b7482", "#dfe3e8", "#1f6fb2", "#b2541f"
 SUFFIXES = (".png", ".svg")

@@ -10,7 +10,7 @@ import numpy as np
 
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.reader import Checkpoint
-from neuroweave.surgery.fusion import STORED
+from neuroweave.surgery.fusion.arithmetic import STORED
 
 
 class ThreadBuffer(threading.local):

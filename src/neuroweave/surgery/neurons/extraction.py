@@ -33,12 +33,12 @@ from neuroweave.checkpoint.layers import find_projections
 from neuroweave.checkpoint.manifest import file_entry
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
 from neuroweave.checkpoint.sealed import KEY
-from neuroweave.surgery.bank import SOURCE, Bank, Neuron
-from neuroweave.surgery.neuron_statistics import ChosenStatistics, LayerStatistics, rounded
-from neuroweave.surgery.selection import SELECTIONS, best, shares
+from neuroweave.surgery.neurons.bank import SOURCE, Bank, Neuron
+from neuroweave.surgery.neurons.neuron_statistics import ChosenStatistics, LayerStatistics, rounded
+from neuroweave.surgery.neurons.selection import SELECTIONS, best, shares
+from neuroweave.surgery.neurons.text_windows import SETTLED, Document, Window, draw_windows, text_record
 from neuroweave.surgery.sites import activation_name as activation_formula
 from neuroweave.surgery.sites import text_decoder
-from neuroweave.surgery.text_windows import SETTLED, Document, Window, draw_windows, text_record
 
 WINDOW, TOKENS, BINS, MOMENTS = 512, 32_768, 24, 8
 Progress = Callable[[int, int], None]

@@ -18,9 +18,9 @@ from neuroweave.checkpoint.header import TensorSpec, build_header
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.rewriting import Group, Piece, ShardRewrite, copy_pieces
 from neuroweave.checkpoint.sealed import KEY
-from neuroweave.surgery.fusion import STORED, Effect
-from neuroweave.surgery.fusion_plan import DeltaSource, FusionPlan, Target
-from neuroweave.surgery.tensor_edit import rows_per_piece
+from neuroweave.surgery.fusion.arithmetic import STORED, Effect
+from neuroweave.surgery.fusion.plan import DeltaSource, FusionPlan, Target
+from neuroweave.surgery.fusion.tensor_edit import rows_per_piece
 
 SIZE_KEY = "intermediate_size"
 

@@ -25,10 +25,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt
 
-from neuroweave.surgery.bank import Bank
-from neuroweave.surgery.frames import Frames, basis, carry_over, cosines, unit_directions
-from neuroweave.surgery.randomness import permutation
-from neuroweave.surgery.slots import Layout, Slots, without_twins
+from neuroweave.surgery.neurons.bank import Bank
+from neuroweave.surgery.neurons.frames import Frames, basis, carry_over, cosines, unit_directions
+from neuroweave.surgery.neurons.randomness import permutation
+from neuroweave.surgery.neurons.slots import Layout, Slots, without_twins
 
 Projection = Literal["gate", "up", "down"]
 SYMMETRIES = ("signs", "one-sided")

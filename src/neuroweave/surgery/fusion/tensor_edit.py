@@ -14,8 +14,7 @@ import numpy as np
 from neuroweave.checkpoint.copying import write_from
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.rewriting import Group, Piece
-from neuroweave.surgery.delta_source import ThreadBuffer
-from neuroweave.surgery.fusion import (
+from neuroweave.surgery.fusion.arithmetic import (
     BLOCK,
     EXACT_BELOW,
     STORED,
@@ -26,7 +25,8 @@ from neuroweave.surgery.fusion import (
     block_moments,
     edit_block,
 )
-from neuroweave.surgery.fusion_plan import DeltaSource, FuseOptions, Target
+from neuroweave.surgery.fusion.delta_source import ThreadBuffer
+from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, Target
 
 PIECE_BYTES = 1 << 22
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from neuroweave import __version__
-from neuroweave.surgery.bank import DERIVATIVE, SOURCE, Bank, Neuron
-from neuroweave.surgery.frames import Frames, cosines, unit_directions
-from neuroweave.surgery.randomness import permutation
+from neuroweave.surgery.neurons.bank import DERIVATIVE, SOURCE, Bank, Neuron
+from neuroweave.surgery.neurons.frames import Frames, cosines, unit_directions
+from neuroweave.surgery.neurons.randomness import permutation
 
 PER_SOURCE = 8
 GAINS = (0.5, 1.0, 2.0)

@@ -15,9 +15,9 @@ from neuroweave.checkpoint.header import DTYPE_NAMES, TensorSpec
 from neuroweave.checkpoint.layers import GatedProjections, attention_kind, find_projections, find_stacks
 from neuroweave.checkpoint.manifest import fingerprints
 from neuroweave.checkpoint.reader import Checkpoint
-from neuroweave.surgery.bank import Bank
-from neuroweave.surgery.layer_deltas import DTYPES, SYMMETRIES, Projection
-from neuroweave.surgery.slots import Layout, Realised, Slots, expand, without_twins
+from neuroweave.surgery.neurons.bank import Bank
+from neuroweave.surgery.neurons.layer_deltas import DTYPES, SYMMETRIES, Projection
+from neuroweave.surgery.neurons.slots import Layout, Realised, Slots, expand, without_twins
 
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 GATE_SCALE = 0.02

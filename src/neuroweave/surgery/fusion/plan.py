@@ -17,7 +17,7 @@ import numpy as np
 from neuroweave.checkpoint.header import DTYPE_NAMES, TensorSpec
 from neuroweave.checkpoint.layers import find_projections, find_stacks
 from neuroweave.checkpoint.reader import Checkpoint, StoredTensor
-from neuroweave.surgery.fusion import STORED
+from neuroweave.surgery.fusion.arithmetic import STORED
 
 PROJECTIONS = ("gate", "up", "down")
 OTHER = "other"
