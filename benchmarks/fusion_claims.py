@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from neuroweave.surgery.fusion.fuse import fuse_checkpoint
-from neuroweave.surgery.fusion.generated import generated_deltas
-from neuroweave.surgery.fusion.plan import FuseOptions
-from neuroweave.surgery.neurons.bank import default_bank_path
 from torch import Tensor
 
 from neuroweave.checkpoint import import_checkpoint
@@ -28,6 +24,10 @@ from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.diagnose import Plan, Subject, compare
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.verdict import bracketed
+from neuroweave.surgery.fusion.fuse import fuse_checkpoint
+from neuroweave.surgery.fusion.generated import generated_deltas
+from neuroweave.surgery.fusion.plan import FuseOptions
+from neuroweave.surgery.neurons.bank import default_bank_path
 from neuroweave.text import documents
 
 ALPHAS = (0.02, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64)
@@ -81,9 +81,9 @@ def batches(variants: list[Variant]) -> Iterator[list[Variant]]:
         yield variants[start : start + TOGETHER]
 
 
-def alpha_variants(dtype: str) -> list[Variant]:
+def alpha_variants(dtype: str, alphas: Sequence[float]) -> list[Variant]:
     if dtype == "float32":
-        return [Variant(f"alpha {alpha:g}", {"alpha": alpha}) for alpha in ALPHAS]
+        return [Variant(f"alpha {alpha:g}", {"alpha": alpha}) for alpha in alphas]
     random = {"rounding": "stochastic"}
     return [
         *(Variant(f"alpha {alpha:g}", {"alpha": alpha}) for alpha in ROUNDED),
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["embedded:smollm2", "embedded:gemma3"])
     parser.add_argument("--parts", nargs="+", default=["alpha", "gamma", "symmetry"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
     parser.add_argument("--tokens", type=int, default=4096)
     arguments = parser.parse_args()
     plan = Plan(tokens=arguments.tokens, window=512, speed=None, prompts=("The",), new_tokens=1)
@@ -201,7 +202,7 @@ def main() -> None:
                 make = functools.partial(fused, folder, scratch=scratch)
                 if "alpha" in arguments.parts:
                     print(f"\n## {model}, {dtype}: alpha (gamma-cap 0.05)")
-                    measure(folder, alpha_variants(dtype), plan, make)
+                    measure(folder, alpha_variants(dtype, arguments.alphas), plan, make)
                 if "gamma" in arguments.parts and dtype == "float32":
                     print(f"\n## {model}, {dtype}: gamma-cap (alpha 0.02 where not said)")
                     measure(folder, gamma_variants(), plan, make)
