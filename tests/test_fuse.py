@@ -23,8 +23,6 @@ from fusion_models import (
     weights,
     write_checkpoint,
 )
-from neuroweave.surgery.fusion.fuse import fuse_checkpoint, stored_deltas
-from neuroweave.surgery.fusion.plan import FuseOptions
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -32,6 +30,9 @@ from neuroweave.checkpoint import Checkpoint
 from neuroweave.checkpoint.journal import JOURNAL_FILE
 from neuroweave.checkpoint.manifest import read_manifest, sha256_of
 from neuroweave.surgery.fusion import tensor_edit
+from neuroweave.surgery.fusion.dry_run import dry_run
+from neuroweave.surgery.fusion.fuse import fuse_checkpoint, stored_deltas
+from neuroweave.surgery.fusion.plan import FuseOptions
 
 STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23}  # relative to the binade's start
 
@@ -581,3 +582,139 @@ def test_a_header_whose_order_is_not_that_of_the_data(tmp_path):
     new = load_file(tmp_path / "out" / "model.safetensors")
     for name, old in tensors.items():
         assert torch.equal(new[name], old) == ("gate_proj" not in name and "down_proj" not in name)
+
+
+# What an attack found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_an_update_of_zero_keeps_every_bit(tmp_path, dtype, rounding):
+    tensors = weights(dtype)
+    for name in mlp_names(1).values():
+        tensors[name][::3] = -0.0
+    model = write_checkpoint(tmp_path / "model", tensors, config=llama_config())
+    folder = write_checkpoint(tmp_path / "d", deltas_for(tensors))
+    result = fuse(model, folder, tmp_path / "out", alpha=0, gamma_cap=0, rounding=rounding)
+    assert sha256_of(tmp_path / "out" / "model.safetensors") == sha256_of(model / "model.safetensors")
+    assert not any(report.changed for report in result.tensors)
+
+
+@pytest.mark.parametrize("role", ["gate", "down"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000])
+def test_no_delta_that_is_not_finite_slips_through(tmp_path, role, rounding, bits):
+    tensors = weights(torch.bfloat16)
+    deltas = deltas_for(tensors, torch.float32)
+    deltas[mlp_names(1)[role]].view(torch.int32)[0, 3] = bits
+    model = write_checkpoint(tmp_path / "model", tensors, config=llama_config())
+    folder = write_checkpoint(tmp_path / "d", deltas)
+    refused(model, folder, "the delta holds NaN or infinite", rounding=rounding)
+    plain = {"mode": "additive", "alpha_mode": "plain", "alpha": 1.0}
+    refused(model, folder, "the delta holds NaN or infinite", rounding=rounding, **plain)
+
+
+def test_sizes_at_the_ends_of_the_range_are_reported_as_numbers(tmp_path):
+    tensors = weights(torch.bfloat16)
+    tensors = {name: value * 1e20 if "_proj" in name else value for name, value in tensors.items()}
+    model = write_checkpoint(tmp_path / "model", tensors, config=llama_config())
+    folder = write_checkpoint(tmp_path / "d", deltas_for(tensors))
+    for label, alpha in (("small", 1e-22), ("large", 1e-3)):
+        result = fuse(model, folder, tmp_path / label, alpha=alpha)
+        assert all(np.isfinite(report.relative_change) for report in result.tensors)
+        assert read_manifest(tmp_path / label)["tensors"]
+        gates = [report.relative_change for report in result.tensors if report.projection == "gate"]
+        assert all(0.02 < change < 0.03 for change in gates)  # deltas of 0.03, clamped at 0.05
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-24, 1e-38])
+def test_deltas_whose_squares_leave_float32(tmp_path, scale):
+    tensors = weights(torch.float32, hidden=1024, wide=1030, layers=1)
+    deltas = {name: value * scale for name, value in deltas_for(tensors, torch.float32).items()}
+    model = write_checkpoint(tmp_path / "model", tensors, config=llama_config())
+    result = fuse(model, write_checkpoint(tmp_path / "d", deltas), tmp_path / "out")
+    [report] = [report for report in result.tensors if report.projection == "down"]
+    w, d = (each[mlp_names(0)["down"]].double().std(correction=0) for each in (tensors, deltas))
+    assert report.scale == pytest.approx(float(0.02 * w / d), rel=1e-6)
+
+
+def test_a_source_changed_behind_an_interrupted_run(pair, tmp_path):
+    stage = interrupted(pair, tmp_path)
+    first = json.loads((stage / JOURNAL_FILE).read_text().splitlines()[0].split(" ", 1)[1])["file"]
+    path = pair[0] / first
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-20, os.SEEK_END)
+        file.write(bytes(20))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    fuse(*pair, tmp_path / "out")
+    fuse(*pair, tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_sources_that_are_links_into_the_output(pair, tmp_path):
+    model, deltas = pair
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in model.iterdir():
+        (linked / path.name).symlink_to(path)
+    before = bytes_of(model)
+    with pytest.raises(ValueError, match="the output contains the source"):
+        fuse(linked, deltas, model, overwrite=True)
+    assert bytes_of(model) == before
+    fuse(linked, deltas, tmp_path / "out")  # a hub's cache holds such links
+    fuse(model, deltas, tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_what_cannot_come_along_is_told_before_anything_is_written(pair, tmp_path):
+    model, deltas = pair
+    for make, match in (
+        (lambda path: os.mkfifo(path), "neither a file nor a folder"),
+        (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
+    ):
+        make(model / "odd")
+        refused(model, deltas, match)
+        with pytest.raises(ValueError, match=match):
+            dry_run(model, None, stored_deltas(deltas), FuseOptions())
+        (model / "odd").unlink()
+    for name, text, match in (
+        ("neuroweave_manifest.json", "{", "is not valid JSON"),
+        (JOURNAL_FILE, "", "the journal of an interrupted fuse"),
+    ):
+        (model / name).write_text(text)
+        refused(model, deltas, match)
+        (model / name).unlink()
+
+
+def test_a_linked_subfolder_comes_along(pair, tmp_path):
+    model, deltas = pair
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "a.txt").write_text("kept")
+    (model / "assets").symlink_to(tmp_path / "assets")
+    (tmp_path / "assets" / "loop").symlink_to(tmp_path / "assets")
+    fuse(model, deltas, tmp_path / "out")
+    assert (tmp_path / "out" / "assets" / "a.txt").read_text() == "kept"
+
+
+def test_copies_count_in_the_disk_space(pair, tmp_path, monkeypatch):
+    model, deltas = pair
+    whole = sum(path.stat().st_size for path in model.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": whole - 1000})())
+    with pytest.raises(ValueError, match="MB are needed here"):
+        fuse(model, deltas, tmp_path / "out", layers=(0,), copy=True)
+    fuse(model, deltas, tmp_path / "out", layers=(0,))
+
+
+def test_many_shards_with_few_descriptors(tmp_path):
+    tensors = weights(hidden=16, wide=24, layers=30)
+    model = write_checkpoint(tmp_path / "model", tensors, shards=90, config=llama_config(16, 24, 30))
+    deltas = write_checkpoint(tmp_path / "deltas", deltas_for(tensors), shards=45)
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from neuroweave.cli.main import main; main(sys.argv[1:])"
+    )
+    words = ["fuse", "--model", model, "--weights", deltas, "--output", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

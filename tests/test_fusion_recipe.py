@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 from fusion_models import HIDDEN, llama_config, weights, write_checkpoint
-from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
 from safetensors.torch import save_file
 
 from neuroweave.checkpoint.manifest import read_manifest, sha256_of
 from neuroweave.cli.main import main
+from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
 
 
 @pytest.fixture
@@ -89,13 +89,20 @@ def test_a_replay_with_other_inputs_writes_nothing(capsys, bank, model, tmp_path
         assert not (tmp_path / "no").exists()
 
     other = write_checkpoint(tmp_path / "other", weights(seed=9), shards=2, config=llama_config())
-    refused("model-00001-of-00002.safetensors: the model's SHA-256 is", model=other)
+    refused("the recorded options give", model=other)
+    tensors = weights()
+    tensors["model.norm.weight"][0] = 2.0
+    another = write_checkpoint(tmp_path / "another", tensors, shards=2, config=llama_config())
+    refused("model-00002-of-00002.safetensors: the model's SHA-256 is", model=another)
     name = sorted(recipe["outputs"])[0]
     refused("the output's SHA-256 is", recipe | {"outputs": recipe["outputs"] | {name: "0" * 64}})
     refused("give the recorded one with --bank", bank=None)
     refused("not a fusion recipe", {"recipe": 9})
     refused("the recipe has no scales", {key: value for key, value in recipe.items() if key != "scales"})
     refused("alpha is a number", recipe | {"parameters": recipe["parameters"] | {"alpha": -1}})
+    refused("the recorded options give", recipe | {"parameters": recipe["parameters"] | {"alpha": 9.0}})
+    refused("expected a number", recipe | {"scales": dict.fromkeys(recipe["scales"], "1")})
+    refused("needs parameters and a bank", recipe | {"deltas": {"kind": "bank", "generation": 3}})
     refused("not those of a fuse", recipe | {"parameters": recipe["parameters"] | {"beta": 1}})
 
 
@@ -119,5 +126,32 @@ def test_foreign_deltas_are_replayed_from_their_folder(capsys, model, tmp_path):
     assert run(capsys, *words, tmp_path / "again", "--weights", folder)[0] == 0
     assert outputs(tmp_path / "again") == outputs(tmp_path / "out")
     save_file({name: value * 2 for name, value in tensors.items()}, folder / "model.safetensors")
-    assert "the output's SHA-256 is" in run(capsys, *words, tmp_path / "third", "--weights", folder)[2]
+    assert "the recorded options give" in run(capsys, *words, tmp_path / "third", "--weights", folder)[2]
     assert read_manifest(tmp_path / "out")["inputs"]["deltas"]["kind"] == "deltas"
+
+
+def test_an_output_that_would_replace_what_is_read(capsys, bank, model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "bank.safetensors").write_bytes(bank.read_bytes())
+    words = ["--model", model, "--bank", out / "bank.safetensors", "--output", out, "--overwrite"]
+    code, _, err = run(capsys, "fuse", *words)
+    assert (code, "contains the source" in err) == (2, True)
+    assert run(capsys, "fuse", "--model", model, "--bank", bank, "--output", tmp_path / "done")[0] == 0
+    (out / "recipe.json").write_text(run(capsys, "recipe", "show", tmp_path / "done")[1])
+    (out / "bank.safetensors").unlink()
+    words = ["recipe", "replay", out / "recipe.json", "--model", model, "--bank", bank, "--output", out, "--overwrite"]
+    code, _, err = run(capsys, *words)
+    assert (code, "contains the source" in err) == (2, True)
+    assert (out / "recipe.json").is_file()
+
+
+def test_a_damaged_manifest_has_no_recipe(capsys, bank, model, tmp_path):
+    assert run(capsys, "fuse", "--model", model, "--bank", bank, "--output", tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / "neuroweave_manifest.json"
+    manifest = json.loads(path.read_text())
+    for broken in ({"tensors": [1]}, {"inputs": {"model": {}, "deltas": {}}}, {"outputs": {"x": 3}}):
+        path.write_text(json.dumps(manifest | broken))
+        code, _, err = run(capsys, "recipe", "show", tmp_path / "out")
+        assert code == 2
+        assert "the manifest is damaged" in err

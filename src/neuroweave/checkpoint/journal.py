@@ -59,7 +59,7 @@ class Journal:
             if checksum != f"{zlib.crc32(text.encode()):08x}":
                 continue
             entry = json.loads(text)
-            if entry["key"] == self.key:
+            if isinstance(entry, dict) and entry.get("key") == self.key and "output" in entry:
                 entries[entry["file"]] = entry
         return entries
 

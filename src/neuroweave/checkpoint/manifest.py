@@ -61,7 +61,7 @@ def write_manifest(
     """Write the manifest of `folder` and return it. `outputs`: file name to `file_entry`."""
     content: dict[str, Any] = {"format": FORMAT_VERSION, "neuroweave": __version__, "operation": operation}
     content |= {"parameters": parameters, "inputs": inputs, **more, "outputs": dict(sorted(outputs.items()))}
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
     return json.loads(text)
 

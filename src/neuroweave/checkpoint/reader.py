@@ -277,8 +277,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def list_files(folder: Path) -> list[str]:
     """Every file under `folder` as a sorted relative path; folders of version control and download notes left out."""
-    found = []
-    for parent, folders, files in os.walk(folder):
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above
+            folders[:] = []
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(found)

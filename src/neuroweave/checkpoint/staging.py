@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from neuroweave.checkpoint.reader import list_files
+
 try:
     import fcntl
 except ImportError:  # no such locks on this system: leftovers stay until a person removes them
@@ -50,6 +52,8 @@ def staged_folder(
         _clear_leftovers(target, keep=kept)
         folder = _sibling(target, _PARTIAL) if kept is None else kept
         folder.mkdir(exist_ok=kept is not None)
+        if folder.is_symlink():
+            raise ValueError(f"{folder}: a link where a folder of our own is to be; remove it")
         descriptor = os.open(folder, os.O_RDONLY)
         _lock(descriptor, out, only_one=kept is not None)
         staging = folder
@@ -93,8 +97,8 @@ def check_output(
             raise ValueError(f"{out}: the output is the source itself; choose another folder")
         if origin in target.parents:
             raise ValueError(f"{out}: the output lies inside the source {source}; choose another folder")
-        if target in origin.parents and path.exists():
-            raise ValueError(f"{out}: the output contains the source {source}; choose another folder")
+        if path.exists() and (inside := _file_inside(target, origin)):
+            raise ValueError(f"{out}: the output contains the source {inside}; choose another folder")
     if path.exists():
         if not path.is_dir():
             raise ValueError(f"{out}: the output is a file; give a folder")
@@ -108,6 +112,16 @@ def check_output(
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{out}: {parent} is not a folder that can be written")
     return path
+
+
+def _file_inside(target: Path, origin: Path) -> Path | None:
+    """A file of the source (itself a file, or a folder, links followed) whose real place is in the folder `target`."""
+    if target in origin.parents:
+        return origin
+    if not origin.is_dir():
+        return None
+    links = (origin / name for name in list_files(origin))
+    return next((file for file in links if target in Path(os.path.realpath(file)).parents), None)
 
 
 def _check_replaceable(path: Path, out: str | os.PathLike[str]) -> None:
@@ -133,7 +147,11 @@ def check_free_space(folder: str | os.PathLike[str], nbytes: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < nbytes:
-        raise ValueError(f"{folder}: {nbytes / 1e9:.2f} GB are needed here, {free / 1e9:.2f} GB are free; make room")
+        raise ValueError(f"{folder}: {_size(nbytes)} are needed here, {_size(free)} are free; make room")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _move_into_place(staging: Path, target: Path, *, overwrite: bool) -> None:

@@ -46,8 +46,8 @@ def replay(
     recipe = load_recipe(file)
     with progress("fusing") as report:
         result = replay_recipe(
-            recipe, local_folder(model), output, bank=bank, weights=weights, workers=workers, overwrite=overwrite,
-            progress=report,
+            recipe, local_folder(model), output, file=file, bank=bank, weights=weights, workers=workers,
+            overwrite=overwrite, progress=report,
         )  # fmt: skip
     click.echo(f"{output}: {len(result.manifest['outputs'])} files, each with the SHA-256 that the recipe records")
     for text in result.plan.notes:

@@ -15,7 +15,7 @@ import numpy as np
 from neuroweave.checkpoint.copying import write_from
 from neuroweave.checkpoint.describe import text_config
 from neuroweave.checkpoint.header import TensorSpec, build_header
-from neuroweave.checkpoint.reader import Checkpoint
+from neuroweave.checkpoint.reader import Checkpoint, read_index
 from neuroweave.checkpoint.rewriting import Group, Piece, ShardRewrite, copy_pieces
 from neuroweave.checkpoint.sealed import KEY
 from neuroweave.surgery.fusion.arithmetic import STORED, Effect
@@ -43,7 +43,9 @@ def check_append(checkpoint: Checkpoint, plan: FusionPlan) -> None:
                 f"{target.stored.name}: neurons of hidden size {width} are needed, the delta has shape "
                 f"{list(target.delta.shape)}"
             )
-        grown.setdefault(target.layer, {})[target.projection] = count
+        if target.projection in grown.setdefault(target.layer, {}):
+            plan.problems.append(f"layer {target.layer} holds two MLPs: one intermediate size cannot say how they grow")
+        grown[target.layer][target.projection] = count
     for layer, counts in grown.items():
         if set(counts) != {"gate", "up", "down"} or len(set(counts.values())) > 1:
             plan.problems.append(
@@ -78,7 +80,7 @@ def grown_config(config: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
     return result
 
 
-def grown_index(index: dict[str, Any], checkpoint: Checkpoint, plan: FusionPlan) -> dict[str, Any]:
+def grown_index(index: dict[str, Any], plan: FusionPlan) -> dict[str, Any]:
     """The index with the new totals; files and names stay."""
     metadata = dict(index.get("metadata", {}))
     for key, added in (
@@ -179,9 +181,9 @@ def write_grown_files(stage: Path, checkpoint: Checkpoint, plan: FusionPlan, ind
     """Write config.json and the index with the new sizes; returns their names."""
     names = ["config.json"]
     _replace_json(stage / "config.json", grown_config(checkpoint.config(), plan))
-    if checkpoint.index is not None:
+    if (checkpoint.folder / index_name).is_file():  # a single file may have an index too
         names.append(index_name)
-        _replace_json(stage / index_name, grown_index(checkpoint.index, checkpoint, plan))
+        _replace_json(stage / index_name, grown_index(read_index(checkpoint.folder / index_name), plan))
     return names
 
 

@@ -11,6 +11,7 @@ up. Standard deviations are the population's, over the tensor. Source: the Fusio
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ _ONES = np.ones(_DOT, "f4")
 
 
 def contour_down(w: Any, d: Any, out: Any, *, scale: Any, gamma: Any) -> None:
-    """out = w + scale * (d * w)"""
-    np.multiply(d, w, out=out)
-    np.multiply(out, scale, out=out)
-    np.add(w, out, out=out)
+    """out = w * (1 + scale * d), so that a scale of 0 gives back every bit, the sign of a zero too"""
+    np.multiply(d, scale, out=out)
+    np.add(out, out.dtype.type(1), out=out)
+    np.multiply(w, out, out=out)
 
 
 def contour_gate(w: Any, d: Any, out: Any, *, scale: Any, gamma: Any) -> None:
@@ -117,8 +118,10 @@ def block_moments(values: np.ndarray, *, exact: bool, shift: float = 0.0) -> Mom
             if whole:
                 total += float(np.matmul(wide[:whole].reshape(-1, 1, _DOT), _ONES[:, None]).sum(dtype="f8"))
             total += float(np.dot(wide[whole:], _ONES[: wide.size - whole]))
-    if not (math.isfinite(total) and math.isfinite(squares)) and bool(np.isfinite(flat.astype("f4")).all()):
-        return block_moments(values, exact=True)  # finite, but the squares are too large for float32
+    lost = squares < 1e-30 * flat.size  # squares that leave the range of float32 below, or above
+    lost |= not (math.isfinite(total) and math.isfinite(squares)) and bool(np.isfinite(flat.astype("f4")).all())
+    if lost:
+        return block_moments(values, exact=True)
     return Moments(flat.size, total, squares)
 
 
@@ -202,9 +205,11 @@ def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Work
             np.copyto(new, out, casting="unsafe")
         else:
             round_at_random(out, new, edit, place)
-        # one dot product tells that all is well, except where the result's range is the narrower one
+        # one dot product tells that all is well, except where the result's range is the narrower one; a clamp hides
+        # an infinite delta, and random rounding a NaN
         doubtful = edit.dtype != "BF16" or not math.isfinite(_squares(flat[2]))
-        if doubtful and not np.isfinite(new).all():
+        doubtful |= edit.formula == "contour gate" and not math.isfinite(_squares(flat[1]))
+        if doubtful and not all(np.isfinite(part).all() for part in (new, out, delta)):
             raise ValueError(_not_finite(edit, wide, delta))
     bits = f"u{new.itemsize}"
     differs = np.not_equal(new.view(bits), w.view(bits), out=space.differs[:size].reshape(shape))
@@ -212,7 +217,7 @@ def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Work
     squares = change = 0.0
     if place // BLOCK % 8 == 0:
         np.subtract(out, wide, out=out)
-        squares, change = _squares(flat[0]), _squares(flat[2])
+        squares, change = _finite_squares(flat[0]), _finite_squares(flat[2])
     w[...] = new
     return Effect(changed, size, squares, change)
 
@@ -227,6 +232,13 @@ def _squares(flat: np.ndarray) -> float:
     if whole < flat.size:
         total += float(np.dot(flat[whole:], flat[whole:]))
     return total
+
+
+def _finite_squares(flat: np.ndarray) -> float:
+    """The same where float32 cannot hold the squares."""
+    with np.errstate(over="ignore"):
+        squares = _squares(flat)
+        return squares if math.isfinite(squares) else min(_squares(flat.astype("f8")), sys.float_info.max)
 
 
 def _not_finite(edit: Edit, w: np.ndarray, d: np.ndarray) -> str:
@@ -251,4 +263,5 @@ def round_at_random(x: np.ndarray, out: np.ndarray, edit: Edit, place: int) -> N
     out[...] = bits.view("f4")
     small = np.abs(x) < 2.0**-14  # ... or, below its normal range, multiples of 2^-24
     if small.any():
-        out[small] = np.floor(x[small].astype("f8") * 2.0**24 + noise[small] * 2.0**-16) * 2.0**-24
+        size = np.floor(np.abs(x[small]).astype("f8") * 2.0**24 + noise[small] * 2.0**-16) * 2.0**-24
+        out[small] = np.copysign(size, x[small])

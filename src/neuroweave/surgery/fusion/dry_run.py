@@ -9,10 +9,17 @@ from typing import Any
 
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.staging import check_free_space, check_output
-from neuroweave.surgery.fusion.append import added_bytes
 from neuroweave.surgery.fusion.arithmetic import Effect
 from neuroweave.surgery.fusion.estimate import coverage_matrix, estimate, rounding_warnings
-from neuroweave.surgery.fusion.fuse import DeltaInput, complete_plan, report_of
+from neuroweave.surgery.fusion.fuse import (
+    DeltaInput,
+    bytes_copied,
+    bytes_rewritten,
+    check_files,
+    complete_plan,
+    delta_sources,
+    report_of,
+)
 from neuroweave.surgery.fusion.plan import FuseOptions
 
 
@@ -25,13 +32,13 @@ def dry_run(
     Raises ValueError, as a fuse would, for a model whose index and shards disagree.
     """
     folder = Path(model)
+    check_files(folder)
     with Checkpoint(folder) as checkpoint:
         plan = complete_plan(checkpoint, deltas.source, options)
         files = plan.by_file()
-        size = sum((folder / name).stat().st_size for name in files)
+        size = bytes_rewritten(checkpoint, plan, options)
         problems, reports = list(plan.problems), []
         if options.mode == "append":
-            size += sum(added_bytes(target) for target in plan.targets)
             reports = [
                 report_of(target, Effect(target.delta.parameters, target.delta.parameters), None)
                 for target in plan.targets
@@ -43,9 +50,8 @@ def dry_run(
                 problems.append(str(error))
         if out is not None:
             try:
-                sources = [folder, *{file.parent for file in deltas.files.values()}]
-                check_output(out, overwrite=overwrite, sources=sources)
-                check_free_space(out, size)
+                check_output(out, overwrite=overwrite, sources=delta_sources(folder, deltas))
+                check_free_space(out, size + bytes_copied(checkpoint, plan, out, copy=False))
             except ValueError as error:
                 problems.append(str(error))
         stated = (checkpoint.index or {}).get("metadata", {}).get("total_size")

@@ -18,9 +18,9 @@ from typing import Any
 
 from neuroweave import __version__
 from neuroweave.checkpoint.copying import copy_file, link_or_copy
-from neuroweave.checkpoint.journal import Journal
+from neuroweave.checkpoint.journal import JOURNAL_FILE, Journal
 from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest, write_manifest
-from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
+from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint, list_files
 from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_pieces
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.surgery.fusion.append import added_bytes, append_shard, check_append, write_grown_files
@@ -67,12 +67,14 @@ class FusionResult:
 
 @dataclass(frozen=True)
 class DeltaInput:
-    """Deltas and what the manifest says of them. `files`: to be hashed; `stamp`: changes when the deltas do."""
+    """Deltas and what the manifest says of them. `files`: to be hashed; `stamp`: changes when the deltas do; `reads`:
+    further files that the job depends on, which no output may replace."""
 
     source: DeltaSource
     description: dict[str, Any]
     files: dict[str, Path]
     stamp: Any
+    reads: tuple[Path, ...] = ()
 
 
 def stored_deltas(folder: str | os.PathLike[str]) -> DeltaInput:
@@ -103,18 +105,17 @@ def fuse_checkpoint(
     and values that are not finite; OSError from the system. Whatever happens, `model` is only read.
     """
     folder = Path(model)
-    sources = [folder, *{path.parent for path in deltas.files.values()}]
+    sources = delta_sources(folder, deltas)
     check_output(out, overwrite=overwrite, sources=sources)
+    check_files(folder)
     with Checkpoint(folder) as checkpoint:
         plan = complete_plan(checkpoint, deltas.source, options)
         if plan.problems:
             more = f" (and {len(plan.problems) - 1} more problems: --dry-run lists them)" if plan.problems[1:] else ""
             raise ValueError(plan.problems[0] + more)
         targets = plan.by_file()
-        rewritten = sum((folder / name).stat().st_size for name in targets)
-        if options.mode == "append":
-            rewritten += sum(added_bytes(target) for target in plan.targets)
-        check_free_space(out, rewritten)
+        rewritten = bytes_rewritten(checkpoint, plan, options)
+        check_free_space(out, rewritten + bytes_copied(checkpoint, plan, out, copy=copy))
         job = _Job(checkpoint, deltas, options, plan, hashed, copy, dict(scales or {}))
         resume = job.key()
         with staged_folder(out, overwrite=overwrite, sources=sources, resume=resume) as stage:
@@ -136,6 +137,48 @@ def complete_plan(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOpti
     if options.mode == "append" and plan.targets:
         check_append(checkpoint, plan)
     return plan
+
+
+def delta_sources(model: Path, deltas: DeltaInput) -> list[Path]:
+    """Everything that the job reads."""
+    return [model, *{path.parent for path in deltas.files.values()}, *deltas.reads]
+
+
+def bytes_rewritten(checkpoint: Checkpoint, plan: FusionPlan, options: FuseOptions) -> int:
+    size = sum((checkpoint.folder / name).stat().st_size for name in plan.by_file())
+    return size + (sum(added_bytes(target) for target in plan.targets) if options.mode == "append" else 0)
+
+
+def bytes_copied(checkpoint: Checkpoint, plan: FusionPlan, out: str | os.PathLike[str], *, copy: bool) -> int:
+    """What the other files take on the output's disk: nothing where they can be hard-linked."""
+    place = Path(os.path.abspath(out)).parent
+    while not place.exists():
+        place = place.parent
+    total, rewritten = 0, plan.by_file()
+    for name in checkpoint.all_files:
+        state = (checkpoint.folder / name).stat()
+        linked = not copy and state.st_dev == place.stat().st_dev
+        small = name not in checkpoint.shards and state.st_size <= _LINK_ABOVE
+        total += state.st_size if name not in rewritten and (small or not linked) else 0
+    return total
+
+
+def check_files(folder: Path) -> None:
+    """Refuse, before anything is written, what cannot come along: files that are none, and a damaged manifest."""
+    if not folder.is_dir():
+        return
+    for name in list_files(folder):
+        path = folder / name
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: the file name {name!r} is not UTF-8; rename it") from None
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() else "neither a file nor a folder"
+            raise ValueError(f"{path}: {what}; remove it, or restore it")
+        if name == JOURNAL_FILE:
+            raise ValueError(f"{path}: the journal of an interrupted fuse; this folder is not a finished checkpoint")
+    read_manifest(folder)
 
 
 def default_workers() -> int:
@@ -185,7 +228,7 @@ class _Job:
             name: rewriter.hash_file(path) if self.hashed else None for name, path in self.deltas.files.items()
         }
         for name in self.checkpoint.shards:
-            if (known := journal.completed(name)) is not None:
+            if (known := self._taken_over(name, journal)) is not None:
                 self.resumed += 1
                 self.reports[name] = known["reports"]
                 self.inputs[name], self.outputs[name] = known["input"], known["output"]
@@ -205,9 +248,19 @@ class _Job:
                 self.copied += 1
             waiting[name] = (digest_in, digest_out)
             self._settle(stage, journal, waiting, wait=False)
+            self.checkpoint.close()  # until the next shard: a process may hold some hundred files open only
+            if isinstance(self.deltas.source, StoredDeltas):
+                self.deltas.source.close()
         self._settle(stage, journal, waiting, wait=True)
         for name, future in delta_hashes.items():
             self.delta_files[name] = self._entry(self.deltas.files[name], future)
+
+    def _taken_over(self, name: str, journal: Journal) -> dict[str, Any] | None:
+        """The journal's entry of a shard that is complete, if its source is still what it was made from."""
+        known = journal.completed(name)
+        if known is None or (self.hashed and known["input"] != file_entry(self.folder / name)):
+            return None
+        return known
 
     def _settle(
         self, stage: Path, journal: Journal, waiting: dict[str, tuple[Future | None, Future | None]], *, wait: bool

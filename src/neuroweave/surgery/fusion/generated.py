@@ -18,4 +18,4 @@ def generated_deltas(model: str | Path, bank: str | Path, **parameters: Any) -> 
     neurons = load_bank(bank)
     plan = plan_deltas(model, neurons, **parameters)
     description = {"kind": "bank", "generation": {"parameters": plan.parameters, "bank": plan.bank}}
-    return DeltaInput(GeneratedDeltas(plan, neurons), description, {}, [neurons.sha256])
+    return DeltaInput(GeneratedDeltas(plan, neurons), description, {}, [neurons.sha256], (Path(bank),))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def fusion_recipe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("operation") != "fuse":
         raise ValueError(f"{folder}: no {MANIFEST_FILE} of a fuse in this folder: there is no recipe to show")
+    try:
+        return _recipe(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{Path(folder) / MANIFEST_FILE}: the manifest is damaged ({error!r})") from error
+
+
+def _recipe(folder: str | os.PathLike[str], manifest: dict[str, Any]) -> dict[str, Any]:
     inputs, tensors = manifest["inputs"], manifest.get("tensors", {})
     return {
         "recipe": FORMAT_VERSION,
@@ -49,21 +57,32 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key in ("parameters", "scales", "model", "deltas", "outputs"):
         if not isinstance(recipe.get(key), dict):
             raise ValueError(f"{path}: the recipe has no {key}")
+    for name, scale in recipe["scales"].items():
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise ValueError(f"{path}: the scale of {name} is {scale!r}, expected a number")
+    generation = recipe["deltas"].get("generation")
+    if generation is not None:
+        parts = [generation.get(key) for key in ("parameters", "bank")] if isinstance(generation, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(generation["bank"].get("sha256"), str):
+            raise ValueError(f"{path}: the recipe's generation needs parameters and a bank with its sha256")
     return recipe
 
 
 def replay(
-    recipe: dict[str, Any], model: str | Path, out: str | Path, *,
+    recipe: dict[str, Any], model: str | Path, out: str | Path, *, file: str | Path | None = None,
     bank: str | Path | None = None, weights: str | Path | None = None,
     workers: int | None = None, overwrite: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> FusionResult:  # fmt: skip
     """Fuse as the recipe says; `out` appears only if every file has the recorded SHA-256.
 
     `bank`: the neuron bank, unless it is the one that comes with the package. `weights`: the deltas' folder, where no
-    bank is recorded. Raises ValueError for other inputs than the recorded ones, and for other outputs.
+    bank is recorded. `file`: where the recipe was read from, which the output may not replace.
+    Raises ValueError for other inputs than the recorded ones, and for other outputs.
     """
     options = _options(recipe["parameters"])
     source = _deltas(recipe["deltas"], Path(model), bank, weights)
+    if file is not None:
+        source = replace(source, reads=(*source.reads, Path(file)))
 
     def check(manifest: Mapping[str, Any]) -> None:
         for what, wanted, found in (

@@ -69,7 +69,7 @@ class TensorEdit:
 
     @property
     def needs_moments(self) -> bool:
-        return self.scale is None and self.target.formula != "contour gate" and self.options.alpha_mode != "plain"
+        return self.target.formula != "contour gate" and self.options.alpha_mode != "plain"
 
     def group(self, target_begin: int) -> Group:
         """The tensor's work, for the tensor's data starting at `target_begin` of the new file."""
@@ -85,16 +85,25 @@ class TensorEdit:
             for begin in range(0, rows, step)
         ]
         if not self.needs_moments:
-            self.ready(self.scale if self.scale is not None else self.options.alpha)
+            self.ready(self.options.alpha)
             return Group(pieces)
         jobs = [*self._moment_jobs(self._read_weights, self.target.matrix, self.target.stored.dtype)]
         cut = len(jobs)
         jobs += self._moment_jobs(self._read_delta, self.target.covered, self.target.delta.dtype)
         return Group(pieces, jobs, lambda results: self.ready(self._scale(results[:cut], results[cut:])))
 
-    def ready(self, scale: float) -> Edit:
-        """The edit with its scale, as every block needs it."""
-        self.scale = scale
+    def ready(self, measured: float) -> Edit:
+        """The edit with its scale, as every block needs it.
+
+        A recorded scale is used to the bit (sums may differ in the last digits from machine to machine), but must be
+        what the options and the tensors give. Raises ValueError when it is not.
+        """
+        if self.scale is not None and not abs(self.scale - measured) <= 1e-6 * abs(measured):
+            raise ValueError(
+                f"{self.edit.name}: the recorded scale is {self.scale:.9g}, the recorded options give {measured:.9g} "
+                "with this model and these deltas"
+            )
+        self.scale = measured if self.scale is None else self.scale
         self.edit = replace(self.edit, scale=self.scale)
         return self.edit
 

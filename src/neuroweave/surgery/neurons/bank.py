@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import numpy as np
 from neuroweave import __version__
 from neuroweave.checkpoint.header import TensorSpec, build_header, parse_json, read_header
 from neuroweave.checkpoint.manifest import sha256_of
+from neuroweave.surgery.neurons.neuron_record import check_record
+from neuroweave.surgery.neurons.plain_values import echo
 
 FORMAT_VERSION = 1
 DEFAULT_BANK_FILE = "default_bank.safetensors"
@@ -67,7 +69,13 @@ class Bank:
 
     def __post_init__(self) -> None:
         shape = self.gate.shape
-        if len(shape) != 2 or self.up.shape != shape or self.down.shape != shape or len(self.neurons) != shape[0]:
+        if (
+            len(shape) != 2
+            or not shape[1]
+            or self.up.shape != shape
+            or self.down.shape != shape
+            or len(self.neurons) != shape[0]
+        ):
             raise ValueError(
                 f"a bank of {len(self.neurons)} neurons needs gate, up and down of one shape [N, d]; got "
                 f"{', '.join(str(list(getattr(self, name).shape)) for name in _MATRICES)}"
@@ -89,9 +97,14 @@ class Bank:
         return len(self.neurons)
 
 
-def check_bank_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path of a bank that may be written. Raises ValueError when it may not: ask before a long computation."""
-    path = Path(path)
+def check_bank_output(
+    path: str | os.PathLike[str], *, overwrite: bool = False, sources: Iterable[str | os.PathLike[str]] = ()
+) -> Path:
+    """The path of a bank that may be written. Raises ValueError when it may not: ask before a long computation.
+
+    `sources`: see `check_no_source`.
+    """
+    path = check_no_source(path, sources)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path}: not the name of a file in a folder that exists")
     if path.exists() and not overwrite:
@@ -99,9 +112,33 @@ def check_bank_output(path: str | os.PathLike[str], *, overwrite: bool = False) 
     return path
 
 
-def save_bank(bank: Bank, path: str | os.PathLike[str], *, overwrite: bool = False) -> Bank:
-    """Write a bank and return it with its hash. Equal banks give equal bytes. The file appears whole or not at all."""
-    path = check_bank_output(path, overwrite=overwrite)
+def check_no_source(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> Path:
+    """The path of an output that replaces none of the files, and no file in any of the folders, that a job reads.
+
+    Raises ValueError for one that is such a file, also by a symbolic or hard link.
+    """
+    path = Path(path)
+    if path.is_file():
+        for source in map(Path, sources):
+            files = source.rglob("*") if source.is_dir() else [source]
+            for file in files:
+                if file.is_file() and os.path.samefile(file, path):
+                    raise ValueError(f"{path}: the output is {file}, which is read; choose another name")
+    return path
+
+
+def save_bank(
+    bank: Bank,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike[str]] = (),
+) -> Bank:
+    """Write a bank and return it with its hash. Equal banks give equal bytes. The file appears whole or not at all.
+
+    `sources`: what the bank was made from, which the output must not be.
+    """
+    path = check_bank_output(path, overwrite=overwrite, sources=sources)
     about = {"format": FORMAT_VERSION, **bank.provenance, "neurons": [asdict(neuron) for neuron in bank.neurons]}
     text = json.dumps(about, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     specs = [TensorSpec(name, "F32", bank.gate.shape) for name in _MATRICES]
@@ -141,10 +178,13 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
         data = mapped[header.data_start + entry.begin : header.data_start + entry.end]
         matrices[name] = data.view("<f4").reshape(entry.shape)
     try:
-        neurons = [Neuron(**item) for item in about.pop("neurons")]
+        records = about.pop("neurons", None)
+        if not isinstance(records, list):
+            raise ValueError(f"the bank's description of its neurons is damaged: {echo(records)} is no list")
+        for number, record in enumerate(records):
+            check_record(record, number)
+        neurons = [Neuron(**record) for record in records]
         return Bank(**matrices, neurons=neurons, provenance=about, sha256=sha256_of(path))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the bank's description of its neurons is damaged ({error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -21,6 +21,7 @@ from jaxtyping import Float64
 
 from neuroweave.activations.formulas import FORMULAS
 from neuroweave.activations.numpy import PRIMITIVES
+from neuroweave.surgery.neurons.plain_values import echo, is_number, shorten
 
 SYMMETRIC = ("silu", "gelu", "gelu_tanh")
 DEFAULT_RANGE, DEFAULT_TOLERANCE = 4.0, 0.05
@@ -28,6 +29,8 @@ PAIR_COUNTS = (1, 2, 3, 4, 6, 8)
 # Gains are range^-1 times 2^(k/4), k = 0 to 36; those of a group are evenly spaced.
 _PER_OCTAVE, _LAST, _LAST_FIRST, _SPACINGS = 4, 36, 20, (1, 2, 4, 6, 8, 10)
 _POINTS, _CHECKED, _ROUNDS, _RIDGE, _DIGITS = 128, 1000, 6, 1e-3, 5
+# Sizes of knots, slopes and ranges: squares, sums and the gains that follow stay far inside float32.
+_SMALLEST, _LARGEST = 1e-6, 1e6
 # The terms of a group may exceed the function this many times: each is stored rounded, to 1 in 500 in bfloat16.
 _CANCELLATION = 64.0
 
@@ -60,10 +63,15 @@ class PiecewiseLinear:
     @classmethod
     def from_dict(cls, about: dict[str, Any]) -> PiecewiseLinear:
         """From a bank. Raises ValueError for what is no odd piecewise-linear function."""
+        for key, value in about.items():
+            several = key in ("knots", "slopes")
+            if not (isinstance(value, list | tuple) and all(map(is_number, value)) if several else is_number(value)):
+                expected = "a list of numbers" if several else "a number"
+                raise ValueError(f"the behaviour's {key} is {echo(value)}; expected {expected}")
         try:
             return piecewise_linear(**about)
         except TypeError as error:
-            raise ValueError(f"the behaviour {about} is not one of knots, slopes, range and tolerance") from error
+            raise ValueError(f"the behaviour {echo(about)} is not one of knots, slopes, range and tolerance") from error
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,14 @@ def piecewise_linear(
         raise ValueError(f"{len(knots)} knots and {len(slopes)} slopes; expected one slope for each knot, one at least")
     if not all(map(math.isfinite, (*knots, *slopes, range, tolerance))):
         raise ValueError("knots, slopes, range and tolerance must be finite numbers")
+    for what, numbers in (("knot", knots), ("slope", slopes), ("range", [range])):
+        for number in numbers:
+            if number and not _SMALLEST <= abs(number) <= _LARGEST:
+                raise ValueError(
+                    f"{what} {number:g}: expected a size from {_SMALLEST:g} to {_LARGEST:g}{' or 0' * (what != 'range')}"
+                )
     if any(after <= before for before, after in itertools.pairwise(knots)):
-        raise ValueError(f"knots {knots} do not ascend")
+        raise ValueError(f"knots {shorten(str(list(knots)))} do not ascend")
     if not range > 0:
         raise ValueError(f"range {range}: expected more than 0")
     if not 0 < tolerance < 1:
