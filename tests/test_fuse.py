@@ -718,3 +718,11 @@ def test_many_shards_with_few_descriptors(tmp_path):
     words = ["fuse", "--model", model, "--weights", deltas, "--output", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_in_another_form_come_along_with_a_word(pair, tmp_path):
+    model, deltas = pair
+    (model / "pytorch_model.bin").write_bytes(b"original")
+    result = fuse(model, deltas, tmp_path / "out")
+    assert result.plan.notes == ["pytorch_model.bin: comes along as it is and still holds the original weights"]
+    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == b"original"

@@ -74,11 +74,12 @@ def rounding_warnings(reports: list[TensorReport], dtypes: dict[str, str]) -> li
     ]
     if not weak:
         return []
-    lowest = min(report.share_changed for report in weak)
-    highest = max(report.share_changed for report in weak)
+    lowest = f"{min(report.share_changed for report in weak):.1%}"
+    highest = f"{max(report.share_changed for report in weak):.1%}"
+    share = lowest if lowest == highest else f"{lowest} to {highest}"
     return [
-        f"{len(weak)} bfloat16 tensors change by less than {FLOOR:.1%} of their size: only {lowest:.1%} to "
-        f"{highest:.1%} of their weights will differ after rounding; use a larger --alpha, or --rounding stochastic"
+        f"{len(weak)} bfloat16 tensors change by less than {FLOOR:.1%} of their size: only {share} of their weights "
+        "differ after rounding; use a larger --alpha, or --rounding stochastic"
     ]
 
 

@@ -29,6 +29,7 @@ from neuroweave.surgery.fusion.delta_source import StoredDeltas
 from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, FusionPlan, Target, plan_fusion
 from neuroweave.surgery.fusion.tensor_edit import TensorEdit
 
+_OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".safetensors")
 _LINK_ABOVE = 1 << 26  # other files that are larger are hard-linked where possible
 
 
@@ -136,6 +137,9 @@ def complete_plan(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOpti
     plan = plan_fusion(checkpoint, deltas, options)
     if options.mode == "append" and plan.targets:
         check_append(checkpoint, plan)
+    others = [name for name in checkpoint.other_files if name.endswith(_OTHER_WEIGHTS)]
+    if others:
+        plan.notes.append(f"{', '.join(others)}: comes along as it is and still holds the original weights")
     return plan
 
 

@@ -277,10 +277,14 @@ def _check_keys(plan: FusionPlan, roles: Mapping[str, tuple[int, str]], chosen: 
     if not plan.targets and not plan.problems:
         plan.problems.append("no delta means a tensor of the chosen layers and targets: nothing would change")
     if plan.uncovered:
-        plan.notes.append(f"no delta for layers {', '.join(map(str, plan.uncovered))}: they stay as they are")
+        plan.notes.append(f"no delta for {_layers(plan.uncovered)}: left as it is")
     if plan.left_out:
         reasons: dict[str, list[int]] = {}
         for layer, reason in plan.left_out.items():
             reasons.setdefault(reason, []).append(layer)
         for reason, numbers in reasons.items():
-            plan.notes.append(f"layers {', '.join(map(str, numbers))}: {reason} stay as they are")
+            plan.notes.append(f"{_layers(numbers)}: {reason}, left as it is")
+
+
+def _layers(numbers: list[int]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
