@@ -1,6 +1,6 @@
 """Fusing every layer against `cp` of the same files and against mergekit, whole processes, in the same rounds.
 
-    python benchmarks/fusion_throughput.py [--gigabytes 1 6] [--rounds 5] [--mergekit VENV/bin/mergekit-yaml]
+    python benchmarks/fusion_throughput.py [--gigabytes 1 6] [--rounds 5] [--mergekit VENV/bin/mergekit-yaml] [--first]
 
 Synthetic bfloat16 Llamas with real random values in one file, and Gaussian deltas for every gate and down. All inputs
 are in the page cache. Per round, in alternating order: `cp -r`, `neuroweave fuse --no-hash`, `neuroweave fuse`, each
@@ -26,6 +26,7 @@ LIMITS = {
     ("fuse --no-hash", False): 1.25, ("fuse --no-hash", True): 1.6, ("fuse", False): 1.8,
 }  # fmt: skip
 MERGEKIT_LIMIT = 10
+OUT = "out"
 MERGEKIT_CONFIG = """merge_method: passthrough
 dtype: bfloat16
 models:
@@ -66,28 +67,29 @@ def jobs_of(model: Path, deltas: Path, out: Path, mergekit: Path | None, scratch
     return jobs
 
 
-def timed(job: Job, model: Path, out: Path, bytecode: Path) -> Run:
+def timed(job: Job, model: Path, out: Path, bytecode: Path, first: bool) -> Run:
     """Run one job over warm inputs, a calm disk and memory that was just in use; its output is removed."""
     shutil.copytree(model, out)
     shutil.rmtree(out)
     os.sync()
     try:
-        return run(job.command, bytecode=bytecode, synced=out if job.synced else None)
+        return run(job.command, bytecode=bytecode, synced=out if job.synced else None, first=first)
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def rounds(jobs: list[Job], count: int, model: Path, deltas: Path, out: Path, bytecode: Path) -> dict[Job, list[Run]]:
+def rounds(jobs: list[Job], count: int, model: Path, deltas: Path, scratch: Path, first: bool) -> dict[Job, list[Run]]:
     """`count` runs of each job, every second round in the other direction; one untimed run of each comes first."""
     found: dict[Job, list[Run]] = {job: [] for job in jobs}
+    out, bytecode = scratch / OUT, scratch / "bytecode"
     for job in jobs:
         if not job.synced:
-            timed(job, model, out, bytecode)
+            timed(job, model, out, bytecode, first)
     for number in range(count):
         read_once(model)
         read_once(deltas)
         for job in jobs if number % 2 == 0 else reversed(jobs):
-            found[job].append(timed(job, model, out, bytecode))
+            found[job].append(timed(job, model, out, bytecode, first))
             print(f"  round {number + 1}: {job.label} {found[job][-1].seconds:.2f} s", flush=True)
     return found
 
@@ -127,19 +129,20 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 6], help="sizes of the models, 10^9 bytes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mergekit", type=Path, help="the mergekit-yaml of an environment with mergekit 0.1.5")
+    parser.add_argument("--first", action="store_true", help="on a busy machine: before its other jobs (needs root)")
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to measure; default: the system's own")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         scratch = Path(name)
-        print(machine(scratch), flush=True)
+        print(machine(scratch) + (", commands before all other jobs" if arguments.first else ""), flush=True)
         for gigabytes in sorted(arguments.gigabytes):
-            model, deltas, out = scratch / "model", scratch / "deltas", scratch / "out"
+            model, deltas, out = scratch / "model", scratch / "deltas", scratch / OUT
             write_llama(model, deltas, gigabytes)
             os.sync()
             mergekit = arguments.mergekit if gigabytes == min(arguments.gigabytes) else None
             jobs = jobs_of(model, deltas, out, mergekit, scratch)
             print(f"\n{folder_bytes(model) / 1e9:.2f} GB model, {folder_bytes(deltas) / 1e9:.2f} GB deltas", flush=True)
-            report(rounds(jobs, arguments.rounds, model, deltas, out, scratch / "bytecode"))
+            report(rounds(jobs, arguments.rounds, model, deltas, scratch, arguments.first))
             for folder in (model, deltas):
                 shutil.rmtree(folder)
 

@@ -1,13 +1,15 @@
 """Behaviours as groups of pairs: the fits against np.interp and SciPy, the file against what a person may get wrong."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+from scipy.special import erf, expit
+
 from neuroweave.surgery.neurons.bank import Bank, Neuron, load_bank, save_bank
 from neuroweave.surgery.neurons.behaviours import define_neurons
 from neuroweave.surgery.neurons.pair_fit import SYMMETRIC, PiecewiseLinear, fit_pairs, pair_output, piecewise_linear
-from scipy.special import erf, expit
 
 REFERENCE = {
     "silu": lambda s: s * expit(s),
@@ -107,12 +109,39 @@ def test_knots_below_zero_state_the_other_half():
         (([0], [math.nan]), "must be finite numbers"),
         (([0], [1], 0.0), "range 0.0: expected more than 0"),
         (([0], [1], 4.0, 1.0), "tolerance 1.0: expected more than 0 and less than 1"),
+        (([0], [1e308]), r"slope 1e\+308: expected a size from 1e-06 to 1e\+06, or 0"),
+        (([0], [1e-320]), r"slope 9\.99989e-321: expected a size"),
+        (([0, 1e-7], [0, 1]), r"knot 1e-07: expected a size"),
+        (([0], [1], 1e300), r"range 1e\+300: expected a size from 1e-06 to 1e\+06$"),
         (([5], [1]), r"the function is 0 everywhere on \[-4, 4\]"),
     ],
 )
 def test_functions_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         piecewise_linear(*settings)
+
+
+@pytest.mark.parametrize("slope", [1e-6, -1e6])
+@pytest.mark.parametrize("span", [1e-6, 1e6])
+def test_the_ends_of_the_span(slope, span, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fit_pairs(piecewise_linear([0], [slope], span), "silu").error <= 0.05
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"knots": 0, "slopes": [1]}, "the behaviour's knots is 0; expected a list of numbers"),
+        ({"knots": [0], "slopes": [True]}, r"the behaviour's slopes is \[True\]; expected a list of numbers"),
+        ({"knots": [0], "slopes": [1], "range": "4"}, "the behaviour's range is '4'; expected a number"),
+        ({"knots": [0], "slopes": [1], "tolerance": None}, "the behaviour's tolerance is None; expected a number"),
+    ],
+)
+def test_a_damaged_form(about, message):
+    with pytest.raises(ValueError, match=message):
+        PiecewiseLinear.from_dict(about)
 
 
 def test_a_bank_s_form_comes_back():
@@ -140,6 +169,11 @@ neurons:
     direction: {random: 2}
     output: {random: 1}
 """
+
+
+BOMB = "- &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"- &a{n} [{', '.join(10 * [f'*a{n - 1}'])}]\n" for n in range(1, 8)
+)
 
 
 def write(folder, text):
@@ -226,6 +260,20 @@ def test_only_the_activation_that_is_asked_for(tmp_path):
         ),
         (SPEC, "- a list", "expected a mapping with the keys hidden_size, activation, neurons; got ['a list']"),
         (SPEC, "a: [", "not YAML"),
+        (SPEC, 5000 * "[", "the YAML is nested too deeply"),
+        (SPEC, 3000 * "{a: ", "the YAML is nested too deeply"),
+        (SPEC, "hidden_size: 1" + 5000 * "0", "not YAML: Exceeds the limit"),
+        (SPEC, "a: 2020-13-45", "not YAML: month must be in 1..12"),
+        (SPEC, "a: !!int ''", "not YAML: string index out of range"),
+        (SPEC, BOMB, "expected a mapping with the keys hidden_size, activation, neurons; got ["),
+        (SPEC, f"hidden_size: 7\nneurons: [{{name: {9999 * 'n'}}}]", "nnn...nnn"),
+        (SPEC, f"? {9999 * 'k'}\n: 1", "kkk...kkk"),
+        ("slopes: [0, 1]", "slopes: [0, true]", "neuron 'one', slopes, 1: Input should be a valid number"),
+        ("slopes: [0, 1]", "slopes: [0, '1']", "neuron 'one', slopes, 1: Input should be a valid number"),
+        ("range: 2", "range: 1e3", "range: Input should be a valid number, got '1e3'; a number has no quotes, and an"),
+        ("range: 2", "range: 1.0e+300", "neuron 'two': range 1e+300: expected a size from 1e-06 to 1e+06"),
+        ("{random: 2}", "{random: true}", "neuron 'two', direction, random: Input should be a valid integer"),
+        ("hidden_size: 7", "hidden_size: '7'", "hidden_size: Input should be a valid integer"),
     ],
 )
 def test_slips_in_the_file(tmp_path, old, new, message):
@@ -237,6 +285,7 @@ def test_slips_in_the_file(tmp_path, old, new, message):
         define_neurons(path)
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
+    assert len(str(error.value)) < len(str(tmp_path)) + 400
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -11,9 +11,6 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
-from neuroweave.surgery.neurons.deltas import GeneratedDeltas, plan_deltas, write_deltas
-from neuroweave.surgery.neurons.derive import derive_bank
 from safetensors import safe_open
 from test_inspect import GEMMA4_CONFIG, gemma4_31b_specs, sparse_checkpoint
 
@@ -24,6 +21,10 @@ from neuroweave.checkpoint.sealed import seal
 from neuroweave.checkpoint.writer import ShardWriter, plan_shards
 from neuroweave.cli.main import main
 from neuroweave.surgery.neurons import deltas as deltas_module
+from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
+from neuroweave.surgery.neurons.delta_plan import check_parameters
+from neuroweave.surgery.neurons.deltas import GeneratedDeltas, plan_deltas, write_deltas
+from neuroweave.surgery.neurons.derive import derive_bank
 
 HIDDEN = 12
 BEHAVIOUR = {"knots": [0.0], "slopes": [1.0], "range": 4.0, "tolerance": 0.05}
@@ -155,7 +156,12 @@ def test_experts_and_fused_layers_are_left_out(tmp_path):
         ({}, LAYERS, {"layers": [0, 3]}, "layer 3 does not exist; the model has layers 0 to 2"),
         ({}, LAYERS, {"layers": []}, "no layers are chosen"),
         ({}, LAYERS, {"neurons": 21}, "21 neurons asked for, layer 0 has 20"),
-        ({}, LAYERS, {"neurons": 0}, "0 neurons: expected 1 or more"),
+        ({}, LAYERS, {"neurons": 0}, "0 neurons: expected 2 or more, which make a pair"),
+        ({}, LAYERS, {"neurons": 1}, "1 neurons: expected 2 or more, which make a pair"),
+        ({}, LAYERS, {"gate_scale": 1e-60}, "gain 1 at gate scale 1e-60 is too small for bfloat16; take a larger"),
+        ({}, LAYERS, {"gate_scale": 1e-60, "dtype": "float32"}, "at gate scale 1e-60 is too small for float32"),
+        ({}, mlp("model.layers", 0, 0), {}, "gate_proj.weight has 0 rows; a pair needs 2 neurons"),
+        ({}, mlp("model.layers", 0, 1), {}, "gate_proj.weight has 1 rows; a pair needs 2 neurons"),
         ({}, LAYERS, {"dtype": "float64"}, "dtype 'float64': expected one of bfloat16, float16, float32"),
         ({}, LAYERS, {"gate_scale": 0.0}, "gate scale 0.0: expected a number above 0"),
         ({}, LAYERS, {"gate_scale": float("nan")}, "gate scale nan"),
@@ -180,7 +186,66 @@ def test_no_room_for_a_single_group(tmp_path):
     with pytest.raises(ValueError, match="layer 0: 2 neurons have room for 1 pairs, and no neuron of the bank"):
         plan_deltas(folder, make_bank(count=1), seed=1)
     assert plan_deltas(folder, make_bank(count=2), seed=1).layers[0].pairs == 1
-    assert plan_deltas(make_target(tmp_path / "u", mlp("model.layers", 0, 1)), make_bank(), seed=1).layers[0].pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"seed": {}}, r"seed \{\}: expected an integer"),
+        ({"seed": []}, r"seed \[\]: expected an integer"),
+        ({"seed": True}, "seed True: expected an integer"),
+        ({"layers": "12"}, "layers '12': expected a list of layer numbers"),
+        ({"layers": [0, "1"]}, r"layers \[0, '1'\]: expected a list"),
+        ({"layers": [True]}, r"layers \[True\]: expected a list"),
+        ({"layers": 3}, "layers 3: expected a list"),
+        ({"layers": []}, "no layers are chosen"),
+        ({"neurons": True}, "True neurons: expected 2 or more"),
+        ({"neurons": "8"}, "'8' neurons: expected 2 or more"),
+        ({"gate_scale": "0.02"}, "gate scale '0.02': expected a number above 0"),
+        ({"gate_scale": None}, "gate scale None: expected a number above 0"),
+        ({"gate_scale": 10**400}, "gate scale <integer of 1329 bits>: expected a number above 0"),
+        ({"dtype": ["bfloat16"]}, r"dtype \['bfloat16'\]: expected one of"),
+        ({"symmetry": {}}, r"symmetry \{\}: expected one of"),
+        (
+            {"workers": 3},
+            "'workers' is no parameter of deltas; known: seed, dtype, gate_scale, neurons, layers, symmetry",
+        ),
+        ([], r"the parameters of deltas are \[\]; expected names and values"),
+    ],
+)
+def test_parameters_from_elsewhere(parameters, message):
+    check = getattr(check_parameters, "__wrapped__", check_parameters)  # a recipe's types are checked by nobody else
+    with pytest.raises(ValueError, match=message):
+        check(parameters)
+
+
+def test_parameters_that_are_in_order(target):
+    parameters = {"seed": 3, "layers": [2], "neurons": None, "gate_scale": 1}
+    assert check_parameters(parameters) == parameters
+    assert plan_deltas(target, make_bank(), **check_parameters(parameters)).parameters["layers"] == [2]
+
+
+def test_a_bank_without_neurons(target):
+    with pytest.raises(ValueError, match="the bank has no neurons"):
+        plan_deltas(target, Bank(*np.zeros((3, 0, HIDDEN), "f4"), [], {}), seed=1)
+
+
+def test_a_second_mlp_of_a_layer_has_numbers_of_its_own(tmp_path):
+    second = [
+        TensorSpec(spec.name.replace("mlp", "mlp2"), spec.dtype, spec.shape) for spec in mlp("model.layers", 0, 20)
+    ]
+    alone = make_target(tmp_path / "one", mlp("model.layers", 0, 20))
+    both = make_target(tmp_path / "two", [*second, *mlp("model.layers", 0, 20)])
+    plan, before = plan_deltas(both, make_bank(), seed=1), plan_deltas(alone, make_bank(), seed=1)
+    assert {layer.specs["gate"].name: layer.path for layer in plan.layers} == {
+        "model.layers.0.mlp.gate_proj.weight": "",
+        "model.layers.0.mlp2.gate_proj.weight": "mlp2",
+    }
+    deltas, first = GeneratedDeltas(plan, make_bank()), GeneratedDeltas(before, make_bank())
+    for own, other in zip(mlp("model.layers", 0, 20), second, strict=True):
+        rows = deltas.rows(own.name, 0, own.shape[0])
+        assert rows.tobytes() == first.rows(own.name, 0, own.shape[0]).tobytes()
+        assert rows.tobytes() != deltas.rows(other.name, 0, own.shape[0]).tobytes()
 
 
 def test_a_behaviour_that_is_not_reached_is_named(target):
@@ -285,7 +350,7 @@ def test_room_on_disk_and_in_memory(target, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 100))
-        with pytest.raises(ValueError, match=r"0\.00 GB are needed here, 0\.00 GB are free; make room"):
+        with pytest.raises(ValueError, match=r"are needed here, 0\.00 .B are free; make room"):
             write_deltas(target, make_bank(), tmp_path / "out")
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 9 kB\n")
     monkeypatch.setattr(deltas_module, "_MEMORY", tmp_path / "meminfo")

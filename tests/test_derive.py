@@ -1,9 +1,11 @@
 """Derivative neurons: lengths, angles and provenance of what a source neuron gives."""
 
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
+
 from neuroweave.surgery.neurons.bank import Bank, Neuron, save_bank
 from neuroweave.surgery.neurons.derive import derive_bank
 
@@ -140,9 +142,20 @@ def with_zero(part):
         (sources(), {"per_source": -1}, "per_source -1: expected 0 or more"),
         (sources(), {"gains": ()}, r"gains \[\]: expected numbers above 0, one at least"),
         (sources(), {"gains": (1.0, -2.0)}, r"gains \[1.0, -2.0\]: expected numbers above 0"),
+        (sources(), {"gains": (1e39,)}, r"gain 1e\+39: expected 1\.2e-38 to 3\.4e\+38, which float32 holds"),
+        (sources(), {"gains": (1e-42,)}, r"gain 1e-42: expected 1\.2e-38"),
+        (
+            sources(),
+            {"gains": (1.0, 2e38)},
+            r"neuron 'n0': its up direction has length .*, which gain 2e\+38 takes out",
+        ),
+        (sources(), {"gains": (2e-38,)}, "neuron 'n0': its gate direction has length .*, which gain 2e-38 takes out"),
+        (Bank(*np.zeros((3, 0, 7), "f4"), [], {}), {}, "the bank has no neurons"),
         (with_zero("up"), {}, "neuron 'n1': one of its directions is zero; it cannot be moved"),
     ],
 )
 def test_refusals(bank, settings, message):
-    with pytest.raises(ValueError, match=message):
-        derive_bank(bank, seed=1, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=message):
+            derive_bank(bank, seed=1, **settings)

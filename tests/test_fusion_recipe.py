@@ -93,7 +93,7 @@ def test_a_replay_with_other_inputs_writes_nothing(capsys, bank, model, tmp_path
     tensors = weights()
     tensors["model.norm.weight"][0] = 2.0
     another = write_checkpoint(tmp_path / "another", tensors, shards=2, config=llama_config())
-    refused("model-00002-of-00002.safetensors: the model's SHA-256 is", model=another)
+    refused(".safetensors: the model's SHA-256 is", model=another)
     name = sorted(recipe["outputs"])[0]
     refused("the output's SHA-256 is", recipe | {"outputs": recipe["outputs"] | {name: "0" * 64}})
     refused("give the recorded one with --bank", bank=None)
@@ -103,6 +103,10 @@ def test_a_replay_with_other_inputs_writes_nothing(capsys, bank, model, tmp_path
     refused("the recorded options give", recipe | {"parameters": recipe["parameters"] | {"alpha": 9.0}})
     refused("expected a number", recipe | {"scales": dict.fromkeys(recipe["scales"], "1")})
     refused("needs parameters and a bank", recipe | {"deltas": {"kind": "bank", "generation": 3}})
+    generation = recipe["deltas"]["generation"]
+    for bad in ({"seed": []}, {"neurons": True}, {"beta": 1}, {"layers": 3}):
+        parameters = {"parameters": generation["parameters"] | bad}
+        refused(next(iter(bad)), recipe | {"deltas": recipe["deltas"] | {"generation": generation | parameters}})
     refused("not those of a fuse", recipe | {"parameters": recipe["parameters"] | {"beta": 1}})
 
 

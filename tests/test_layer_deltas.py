@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scipy.fft
+from scipy.special import expit
+
 from neuroweave.surgery.neurons.bank import Bank, Neuron
 from neuroweave.surgery.neurons.frames import Frames
 from neuroweave.surgery.neurons.layer_deltas import DTYPES, LayerDeltas, PreparedBank
 from neuroweave.surgery.neurons.randomness import permutation
 from neuroweave.surgery.neurons.slots import Layout, Slots, expand, without_twins
-from scipy.special import expit
 
 BEHAVIOUR = {"knots": [0.0, 1.0], "slopes": [0.0, 1.0], "range": 4.0, "tolerance": 0.05}
 SCALE = 0.02

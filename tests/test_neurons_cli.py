@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from neuroweave.surgery.neurons.bank import DERIVATIVE, SOURCE, Bank, Neuron, load_bank, save_bank
-from neuroweave.surgery.neurons.extraction import extract_neurons
 from tiny_llama import texts, tiny_model, tiny_tokenizer
 
 from neuroweave.cli import main as main_module
+from neuroweave.surgery.neurons.bank import DERIVATIVE, SOURCE, Bank, Neuron, load_bank, save_bank
+from neuroweave.surgery.neurons.extraction import extract_neurons
 
 COMMANDS_ENTRY = ("neurons", "Make, derive and show banks of neurons.")
 
@@ -295,6 +297,129 @@ def test_behaviours_are_defined_and_derived_from(tmp_path: Path, capsys: pytest.
     assert run("derive", bank, "--output", derived, "--seed", 7, "--overwrite", "--json") == 0
     assert derived.read_bytes() == first
     assert json.loads(capsys.readouterr().out)["neurons"] == len(load_bank(derived))
+
+
+def link(kind: str, output: Path, source: Path) -> Path:
+    if kind == "symbolic":
+        output.symlink_to(source)
+    elif kind == "hard":
+        os.link(source, output)
+    return source if kind == "itself" else output
+
+
+@pytest.mark.parametrize("kind", ["itself", "symbolic", "hard"])
+@pytest.mark.parametrize(
+    "command", ["define", "define from a bank", "derive", "extract", "extract from a folder", "model"]
+)
+def test_an_output_never_replaces_an_input(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
+) -> None:
+    bank, spec = tmp_path / "b.safetensors", tmp_path / "spec.yaml"
+    bank.write_bytes((folder / "bank.safetensors").read_bytes())
+    spec.write_text(
+        "hidden_size: 32\nneurons:\n- {name: n, knots: [0], slopes: [1], direction: {random: 1}, output: {bank: "
+        "b.safetensors, neuron: twin}}\n"
+    )
+    text = tmp_path / "texts" / "deep" / "one.txt"
+    text.parent.mkdir(parents=True)
+    text.write_text("Some text.")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    words, source = {
+        "define": (["define", "--spec", spec], spec),
+        "define from a bank": (["define", "--spec", spec], bank),
+        "derive": (["derive", bank], bank),
+        "extract": (["extract", "--model", folder / "model", "--data", text], text),
+        "extract from a folder": (["extract", "--model", folder / "model", "--data", tmp_path / "texts"], text),
+        "model": (["extract", "--model", tmp_path / "model"], weights),
+    }[command]
+    before = source.read_bytes()
+    output = link(kind, tmp_path / "out.safetensors", source)
+    for more in ([], ["--overwrite"]):
+        assert run(*words, "--output", output, *more) == 2
+        error = capsys.readouterr().err
+        assert f"{output}: the output is {source}, which is read; choose another name" in error or not more
+        assert source.read_bytes() == before
+
+
+def test_a_figure_never_replaces_the_bank(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = tmp_path / "bank.png"
+    bank.write_bytes((folder / "bank.safetensors").read_bytes())
+    assert run("show", bank, "--figure", bank, "--overwrite") == 2
+    assert "which is read" in capsys.readouterr().err
+    assert load_bank(bank)
+
+
+# --------------------------------------------------------------------------------------------------------- edited banks
+
+
+def edited(source: Path, target: Path, changes: dict[str, Any], *, neuron: int = 0) -> Path:
+    """The bank with fields of a neuron's record replaced in the file's JSON."""
+    raw = source.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    about = json.loads(header["__metadata__"]["neuroweave_bank"])
+    about["neurons"][neuron] |= changes
+    header["__metadata__"]["neuroweave_bank"] = json.dumps(about)
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    target.write_bytes(struct.pack("<Q", len(written)) + written + raw[8 + size :])
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": ["a"]}, "neuron 0: its name is ['a']; expected a text"),
+        ({"name": ""}, "neuron 0: its name is ''; expected a text"),
+        ({"kind": "other"}, "its kind is 'other'; expected source or derivative"),
+        ({"origin": [1]}, "its origin is [1]; expected an object"),
+        ({"origin": None}, "its origin is None; expected an object"),
+        ({"origin": {"operation": "mirrored", "parent": []}}, "its origin's parent is []; expected a text"),
+        ({"origin": {"gain": "2"}}, "its origin's gain is '2'; expected a number above 0 that float32 holds"),
+        ({"origin": {"gain": 1e39}}, "its origin's gain is 1e+39"),
+        ({"origin": {"statistics": "inherited"}}, "its statistics are inherited, but its origin has no parent"),
+        ({"behaviour": "line"}, "its behaviour is 'line'; expected an object"),
+        ({"behaviour": {"knots": "0", "slopes": [1]}}, "the behaviour's knots is '0'; expected a list of numbers"),
+        ({"statistics": [1]}, "its statistics is [1]; expected an object"),
+        ({"statistics": {"kurtosis": "high"}}, "its statistic 'kurtosis' is 'high'; expected a number"),
+        (
+            {"statistics": {"kurtosis": 10**400}},
+            "its statistic 'kurtosis' is <integer of 1329 bits>; expected a number",
+        ),
+        ({"response": [1]}, "its response is [1]; expected an object"),
+        ({"response": {"input": [1.0]}}, "its response's mean is None; expected a list of numbers"),
+        ({"response": {"input": [1.0], "mean": [1.0, 2.0]}}, "has 1 inputs, but 2 numbers in mean"),
+        ({"response": {"input": [1.0, 0.0], "mean": [1.0, 2.0]}}, "its response's inputs do not ascend"),
+        ({"response": {"input": [1.0], "mean": [1.0], "odd": [1.0]}}, "its response's key 'odd' is not known"),
+        ({"response": {"input": [1.0], "mean": ["x"]}}, "its response's mean is ['x']; expected a list of numbers"),
+        ({"fired": {"a": 1}}, "its fired is {'a': 1}; expected a list"),
+        ({"fired": ["a"]}, "its moment in fired is 'a'; expected an object"),
+        ({"fired": [{"token": "a", "text": "a"}]}, "its moment in fired has the value None; expected a number"),
+        (
+            {"fired": [{"token": "a", "text": "a", "value": 1, "start": None}]},
+            "has the start None; expected an integer",
+        ),
+        ({"weight": 1}, "its key 'weight' is not known; known: name, kind, origin"),
+    ],
+)
+def test_a_bank_with_an_edited_record(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    bank = edited(folder / "bank.safetensors", tmp_path / "bank.safetensors", changes)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (compared below, as a whole text)
+        load_bank(bank)
+    assert str(error.value).startswith(f"{bank}: neuron ")
+    assert message in str(error.value)
+    for words in (["show", bank], ["show", bank, "--neuron", "twin"], ["derive", bank, "--output", tmp_path / "o"]):
+        assert run(*words) == 2
+        assert "unexpected" not in capsys.readouterr().err
+
+
+def test_an_edit_that_changes_nothing_is_read(folder: Path, tmp_path: Path) -> None:
+    bank = edited(folder / "bank.safetensors", tmp_path / "bank.safetensors", {"statistics": {"kurtosis": 3.0}})
+    assert load_bank(bank).neurons[0].statistics == {"kurtosis": 3.0}
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

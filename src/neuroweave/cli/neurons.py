@@ -81,7 +81,7 @@ def extract(
 ) -> None:
     from neuroweave.surgery.neurons.bank import check_bank_output
 
-    check_bank_output(output, overwrite=overwrite)
+    check_bank_output(output, overwrite=overwrite, sources=[*data, Path(model)])
     from tqdm import tqdm
 
     from neuroweave.checkpoint.hub import local_folder
@@ -110,7 +110,7 @@ def extract(
             source=model_record(folder, name=Path(model).name),
             progress=_follow(bar),
         )
-    finish(bank, output, overwrite, as_json, seconds=time.perf_counter() - start)
+    finish(bank, output, overwrite, as_json, sources=[*data, folder], seconds=time.perf_counter() - start)
 
 
 @command.command(
@@ -126,10 +126,12 @@ def extract(
 def define(spec: Path, seed: int, output: Path, overwrite: bool, as_json: bool) -> None:
     from neuroweave.surgery.neurons.bank import check_bank_output
 
-    check_bank_output(output, overwrite=overwrite)
-    from neuroweave.surgery.neurons.behaviours import define_neurons
+    check_bank_output(output, overwrite=overwrite, sources=[spec])
+    from neuroweave.surgery.neurons.behaviours import define_neurons, input_files
 
-    finish(define_neurons(spec, seed=seed), output, overwrite, as_json)
+    sources = input_files(spec)
+    check_bank_output(output, overwrite=overwrite, sources=sources)
+    finish(define_neurons(spec, seed=seed), output, overwrite, as_json, sources=sources)
 
 
 @command.command(
@@ -155,12 +157,12 @@ def derive(
 ) -> None:
     from neuroweave.surgery.neurons.bank import check_bank_output, load_bank
 
-    check_bank_output(output, overwrite=overwrite)
+    check_bank_output(output, overwrite=overwrite, sources=[bank])
     from neuroweave.surgery.neurons.derive import GAINS, PER_SOURCE, derive_bank
 
     count = PER_SOURCE if per_source is None else per_source
     derived = derive_bank(load_bank(bank), seed=seed, per_source=count, gains=gains or GAINS)
-    finish(derived, output, overwrite, as_json)
+    finish(derived, output, overwrite, as_json, sources=[bank])
 
 
 @command.command(
@@ -191,7 +193,8 @@ def show(bank: Path | None, name: str | None, figure: Path | None, limit: int, o
         from neuroweave.surgery.neurons.figures import check_figure, draw_bank
 
         left_out = f", {len(shown)} of {len(opened)} neurons" if len(shown) < len(opened) else f", {len(shown)} neurons"
-        draw_bank(shown, check_figure(figure, overwrite=overwrite), title=title + left_out)
+        check_figure(figure, overwrite=overwrite, sources=[] if bank is None else [bank])
+        draw_bank(shown, figure, title=title + left_out)
     if as_json:
         print_json(neurons_text.as_json(opened, shown))
         return
@@ -216,11 +219,13 @@ def chosen_layers(text: str | None, model: Any) -> list[int] | None:
     return select_layers(layer_selection(text), len(decoder_stacks(model)[0][1]))
 
 
-def finish(bank: Bank, output: Path, overwrite: bool, as_json: bool, *, seconds: float | None = None) -> None:
-    """Save a bank and say so."""
+def finish(
+    bank: Bank, output: Path, overwrite: bool, as_json: bool, *, sources: Sequence[Path], seconds: float | None = None
+) -> None:
+    """Save a bank, over none of what it was made from, and say so."""
     from neuroweave.surgery.neurons.bank import save_bank
 
-    saved = save_bank(bank, output, overwrite=overwrite)
+    saved = save_bank(bank, output, overwrite=overwrite, sources=sources)
     size = output.stat().st_size
     if as_json:
         summary: dict[str, Any] = {"output": str(output), "neurons": len(saved), "hidden_size": saved.hidden_size}

@@ -65,7 +65,7 @@ def provenance_lines(provenance: Mapping[str, Any], indent: str = "") -> Iterato
         elif isinstance(value, Mapping):
             yield f"{indent}{key}:"
             yield from provenance_lines(value, indent + "  ")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
             for number, part in enumerate(value, start=1):
                 yield f"{indent}{key} {number} of {len(value)}:"
                 yield from provenance_lines(part, indent + "  ")

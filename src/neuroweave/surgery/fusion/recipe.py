@@ -18,6 +18,7 @@ from neuroweave.surgery.fusion.fuse import DeltaInput, FusionResult, fuse_checkp
 from neuroweave.surgery.fusion.generated import generated_deltas
 from neuroweave.surgery.fusion.plan import FuseOptions
 from neuroweave.surgery.neurons.bank import default_bank_path
+from neuroweave.surgery.neurons.delta_plan import check_parameters
 
 FORMAT_VERSION = 1
 
@@ -121,7 +122,7 @@ def _deltas(recorded: dict[str, Any], model: Path, bank: str | Path | None, weig
     if weights is not None:
         return stored_deltas(weights)
     path = Path(bank) if bank is not None else default_bank_path()
-    source = generated_deltas(model, path, **generation["parameters"])
+    source = generated_deltas(model, path, **check_parameters(generation["parameters"]))
     found = source.description["generation"]["bank"]["sha256"]
     wanted = generation["bank"]["sha256"]
     if found != wanted:

@@ -34,6 +34,7 @@ from neuroweave.surgery.neurons.pair_fit import (
     fit_pairs,
     piecewise_linear,
 )
+from neuroweave.surgery.neurons.plain_values import echo, shorten
 from neuroweave.surgery.neurons.randomness import random_bits
 from neuroweave.surgery.recipe import nearest
 
@@ -41,13 +42,18 @@ from neuroweave.surgery.recipe import nearest
 class DirectionSpec(BaseModel):
     """A direction of the residual stream, in one of three forms; its length does not matter."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     random: int | None = Field(
-        default=None, description="number of a random direction; the same number is the same one"
+        default=None,
+        description="number of a random direction; the same number is the same one",
+        ge=-(2**63),
+        lt=2**63,
     )
     values: list[float] | None = Field(default=None, description="hidden_size numbers")
-    bank: str | None = Field(default=None, description="a bank's file, relative to the specification")
+    bank: str | None = Field(
+        default=None, description="a bank's file, relative to the specification", min_length=1, max_length=4096
+    )
     neuron: str | None = Field(
         default=None, description="with bank: whose gate (as direction) or down (as output) direction to take"
     )
@@ -63,7 +69,7 @@ class DirectionSpec(BaseModel):
 class NeuronSpec(BaseModel):
     """One behaviour."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field(description="what the neuron is called in the bank", min_length=1)
     knots: list[float] = Field(description="ascending positions on s = direction.x; f is 0 from 0 to a first knot > 0")
@@ -75,9 +81,9 @@ class NeuronSpec(BaseModel):
 
 
 class BehaviourSpec(BaseModel):
-    """The whole file."""
+    """The whole file. Strict: neither true nor "1" is a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     hidden_size: int = Field(description="of the model whose residual stream the directions live in", ge=3, le=LARGEST)
     activation: Literal["silu", "gelu", "gelu_tanh"] | None = Field(
@@ -86,6 +92,8 @@ class BehaviourSpec(BaseModel):
     neurons: list[NeuronSpec] = Field(description="the neurons, in the bank's order", min_length=1)
 
 
+# What PyYAML lets through for a scalar that it cannot turn into a number, a date or a text
+_SCALARS = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
 _PARTS: dict[Any, type[BaseModel]] = {"neurons": NeuronSpec, "direction": DirectionSpec, "output": DirectionSpec}
 
 
@@ -106,7 +114,7 @@ def define_neurons(spec_path: str | Path, *, seed: int = 42) -> Bank:
             reads.append(_direction(item.direction, "gate", spec.hidden_size, seed, path.parent, banks))
             writes.append(_direction(item.output, "down", spec.hidden_size, seed, path.parent, banks))
         except ValueError as error:
-            raise ValueError(f"{path}: neuron {item.name!r}: {error}") from error
+            raise ValueError(f"{path}: neuron {echo(item.name)}: {error}") from error
         origin = {"spec": path.name, "direction": _short(item.direction), "output": _short(item.output)}
         neurons.append(Neuron(item.name, SOURCE, origin, behaviour.to_dict(), statistics))
     provenance: dict[str, Any] = {"neuroweave": __version__, "operation": "define", "activation": spec.activation}
@@ -120,17 +128,26 @@ def define_neurons(spec_path: str | Path, *, seed: int = 42) -> Bank:
         raise ValueError(f"{path}: {error}") from error
 
 
+def input_files(spec_path: str | Path) -> list[Path]:
+    """The files that `define_neurons` reads: that of the behaviours and the banks in it. Raises as `read_spec` does."""
+    path = Path(spec_path)
+    directions = [part for neuron in read_spec(path).neurons for part in (neuron.direction, neuron.output)]
+    return [path, *(path.parent / bank for bank in {part.bank: None for part in directions if part.bank})]
+
+
 def read_spec(path: Path) -> BehaviourSpec:
     """The content of a file of behaviours. Raises ValueError that says where, what came, and what is known."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected behaviours in YAML")
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: the YAML is nested too deeply") from None
+    except (yaml.YAMLError, *_SCALARS) as error:
+        raise ValueError(f"{path}: not YAML: {shorten(str(error), 240)}") from None
     if not isinstance(value, dict):
         raise ValueError(
-            f"{path}: expected a mapping with the keys {', '.join(BehaviourSpec.model_fields)}; got {value!r}"
+            f"{path}: expected a mapping with the keys {', '.join(BehaviourSpec.model_fields)}; got {echo(value)}"
         )
     try:
         return BehaviourSpec.model_validate(value)
@@ -149,16 +166,28 @@ def _explain(error: ValidationError, value: dict[str, Any]) -> str:
         model = _PARTS.get(part, model)
         if words[-1:] == ["neurons"] and isinstance(part, int):
             item = value["neurons"][part]
-            words[-1] = f"neuron {item['name']!r}" if isinstance(item, dict) and "name" in item else f"neuron {part}"
+            words[-1] = (
+                f"neuron {echo(item['name'])}" if isinstance(item, dict) and "name" in item else f"neuron {part}"
+            )
         else:
-            words.append(str(part))
+            words.append(shorten(str(part)))
     where = f"{', '.join(words)}: " if words else ""
     if problem["type"] == "extra_forbidden":
         known = model.model_fields
-        return f"{where}key {place[-1]!r} is not known{nearest(str(place[-1]), known)}; known: {', '.join(known)}"
+        near = nearest(shorten(str(place[-1])), known)
+        return f"{where}key {echo(place[-1])} is not known{near}; known: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{where}{place[-1]!r} is missing: {model.model_fields[place[-1]].description}"
-    return where + problem["msg"].removeprefix("Value error, ")
+    said = where + problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("float_type", "int_type"):
+        # PyYAML follows YAML 1.1, to which 1e3 is a text
+        hint = (
+            "; a number has no quotes, and an exponent a point and a sign: 1.0e+3"
+            if isinstance(problem["input"], str)
+            else ""
+        )
+        said += f", got {echo(problem['input'])}{hint}"
+    return said
 
 
 def _checked_fits(behaviour: PiecewiseLinear, activation: str | None) -> dict[str, float]:
@@ -187,7 +216,7 @@ def _direction(
     bank = banks[spec.bank]
     names = [neuron.name for neuron in bank.neurons]
     if spec.neuron not in names:
-        raise ValueError(f"{spec.bank} has no neuron {spec.neuron!r}{nearest(str(spec.neuron), names)}")
+        raise ValueError(f"{spec.bank} has no neuron {echo(spec.neuron)}{nearest(shorten(str(spec.neuron)), names)}")
     if bank.hidden_size != size:
         raise ValueError(f"{spec.bank} has hidden size {bank.hidden_size}; hidden_size is {size}")
     return unit_directions(getattr(bank, matrix)[[names.index(spec.neuron)]])

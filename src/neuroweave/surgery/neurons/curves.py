@@ -35,7 +35,7 @@ class Curve:
 
 def curve_of(neuron: Neuron) -> Curve | None:
     """The measured response of a neuron, else the function that it was defined by, else None."""
-    if neuron.response and neuron.response.get("input"):
+    if neuron.response:
         numbers = {name: np.asarray(values, dtype=np.float64) for name, values in neuron.response.items()}
         return Curve(MEASURED, numbers["input"], numbers["mean"], numbers.get("deviation"), numbers.get("count"))
     if neuron.behaviour:

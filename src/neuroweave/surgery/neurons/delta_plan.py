@@ -16,8 +16,11 @@ from neuroweave.checkpoint.layers import GatedProjections, attention_kind, find_
 from neuroweave.checkpoint.manifest import fingerprints
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.surgery.neurons.bank import Bank
+from neuroweave.surgery.neurons.delta_parameters import check_parameters
 from neuroweave.surgery.neurons.layer_deltas import DTYPES, SYMMETRIES, Projection
 from neuroweave.surgery.neurons.slots import Layout, Realised, Slots, expand, without_twins
+
+__all__ = ["GATE_SCALE", "PROJECTIONS", "DeltaLayer", "DeltaPlan", "check_parameters", "plan_deltas"]
 
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 GATE_SCALE = 0.02
@@ -28,13 +31,15 @@ ACTIVATIONS = {
     "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
 }  # fmt: skip
-_SMALLEST = 2.0**-20  # in float16, whose numbers below 2^-14 lose digits and end at 2^-24
+# Float16 loses digits below 2^-14 and ends at 2^-24; the other two lose digits below 2^-126.
+_SMALLEST = {"F16": 2.0**-20, "BF16": 2.0**-120, "F32": 2.0**-120}
 
 
 @dataclass(frozen=True)
 class DeltaLayer:
     """One layer's deltas. `kind`: its attention; `neurons`: how many of its neurons get deltas, from the first on;
-    `pairs`: how many slots are filled; `specs`: the tensors to write, by projection."""
+    `pairs`: how many slots are filled; `specs`: the tensors to write, by projection; `path`: of a further MLP in the
+    layer, "" of the first."""
 
     layer: int
     kind: str
@@ -42,6 +47,7 @@ class DeltaLayer:
     neurons: int
     pairs: int
     specs: Mapping[Projection, TensorSpec]
+    path: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +133,11 @@ def plan_deltas(
     Raises ValueError for a target that has no place for deltas, with the reason, and for a behaviour of the bank that
     an activation of the target does not realise.
     """
-    _check_settings(dtype, gate_scale, neurons, symmetry)
+    parameters: dict[str, Any] = {"seed": seed, "dtype": dtype, "gate_scale": gate_scale, "neurons": neurons}
+    parameters = check_parameters(parameters | {"layers": layers, "symmetry": symmetry})
+    parameters["layers"] = None if layers is None else sorted(set(layers))
+    if not len(bank):
+        raise ValueError("the bank has no neurons; take another")
     folder = Path(base_model)
     with Checkpoint(folder, allow_orphans=True) as checkpoint:
         target = _Target(folder, checkpoint)
@@ -145,16 +155,15 @@ def plan_deltas(
             specs = _specs(found, neurons, code)
             count = specs["gate"].shape[0]
             _check_sizes(slots[activation], [counted[i].name for i in slots[activation].neuron], specs, gate_scale)
-            layout = Layout.draw(slots[activation], count // 2, seed=seed, layer=found.layer)
-            if count > 1 and not layout.pairs:
+            path = target.path(found)
+            layout = Layout.draw(slots[activation], count // 2, seed=seed, layer=found.layer, path=path)
+            if not layout.pairs:
                 raise ValueError(
                     f"layer {found.layer}: {count} neurons have room for {count // 2} pairs, and no neuron of the bank "
                     "is realised by so few; take more neurons, or another bank"
                 )
             kind = target.kind(found.layer)
-            planned.append(DeltaLayer(found.layer, kind, activation, count, layout.pairs, specs))
-        parameters: dict[str, Any] = {"seed": seed, "dtype": dtype, "gate_scale": gate_scale, "neurons": neurons}
-        parameters |= {"layers": None if layers is None else sorted(set(layers)), "symmetry": symmetry}
+            planned.append(DeltaLayer(found.layer, kind, activation, count, layout.pairs, specs, path))
         left_out = target.left_out if layers is None else {}
         return DeltaPlan(
             parameters, target.hidden, tuple(planned), left_out, slots, tuple(realised),
@@ -200,8 +209,6 @@ class _Target:
         if layers is None:
             chosen = self.found
         else:
-            if not layers:
-                raise ValueError("no layers are chosen; name one at least")
             have = {each.layer for each in self.found}
             for layer in sorted(set(layers)):
                 if layer not in self._layers:
@@ -213,6 +220,11 @@ class _Target:
                     raise ValueError(f"{self.folder}: layer {layer} can have no deltas: {self.left_out[layer]}")
             chosen = [each for each in self.found if each.layer in set(layers)]
         for each in chosen:
+            if each.intermediate < 2:
+                raise ValueError(
+                    f"{self.folder}: {each.gate.name} has {each.intermediate} rows; a pair needs 2 neurons: choose "
+                    "other layers"
+                )
             for spec in (each.gate, each.up, each.down):
                 if spec.dtype not in DTYPES:
                     raise ValueError(
@@ -234,20 +246,18 @@ class _Target:
             )
         return name
 
+    def path(self, mlp: GatedProjections) -> str:
+        """What tells an MLP from the first (by name) of its layer: its module's path in the layer; "" for the first.
+
+        The first one's numbers thus depend on nothing but the layer, whatever the model calls it.
+        """
+        if mlp.gate.name == min(each.gate.name for each in self.found if each.layer == mlp.layer):
+            return ""
+        name = next(name for name, spec in self._layers[mlp.layer].items() if spec.name == mlp.gate.name)
+        return name.removesuffix(".weight").rpartition(".")[0]
+
     def kind(self, layer: int) -> str:
         return attention_kind(layer, self._layers[layer], self._text)
-
-
-def _check_settings(dtype: str | None, gate_scale: float | int, neurons: int | None, symmetry: str) -> None:
-    names = [DTYPE_NAMES[code] for code in DTYPES]
-    if dtype is not None and dtype not in names:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(names)}")
-    if not (math.isfinite(gate_scale) and gate_scale > 0):
-        raise ValueError(f"gate scale {gate_scale}: expected a number above 0")
-    if neurons is not None and neurons < 1:
-        raise ValueError(f"{neurons} neurons: expected 1 or more")
-    if symmetry not in SYMMETRIES:
-        raise ValueError(f"symmetry {symmetry!r}: expected one of {', '.join(SYMMETRIES)}")
 
 
 def _specs(found: GatedProjections, neurons: int | None, code: str | None) -> dict[Projection, TensorSpec]:
@@ -277,9 +287,11 @@ def _check_sizes(
         if not longest * sizes[worst] <= limit:
             raise ValueError(f"neuron {names[worst]!r}: {what} {sizes[worst]:g} does not fit {DTYPE_NAMES[code]}")
         least = int(sizes.argmin())
-        if code == "F16" and gate_scale * sizes[least] < _SMALLEST:
+        if gate_scale * sizes[least] < _SMALLEST[code]:
+            advice = "bfloat16 or float32" if code == "F16" else "a larger gate scale"
             raise ValueError(
-                f"neuron {names[least]!r}: {what} {sizes[least]:.3g} is too small for float16; take bfloat16 or float32"
+                f"neuron {names[least]!r}: {what} {sizes[least]:.3g} at gate scale {gate_scale:g} is too small for "
+                f"{DTYPE_NAMES[code]}; take {advice}"
             )
 
 

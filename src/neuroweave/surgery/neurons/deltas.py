@@ -63,6 +63,7 @@ class GeneratedDeltas:
                     self.plan.slots[layer.activation],
                     seed=self.plan.parameters["seed"],
                     layer=layer.layer,
+                    path=layer.path,
                     neurons=layer.neurons,
                     dtypes={name: spec.dtype for name, spec in layer.specs.items()},
                     gate_scale=self.plan.parameters["gate_scale"],

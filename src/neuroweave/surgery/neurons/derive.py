@@ -48,8 +48,11 @@ def derive_bank(
     for neuron in bank.neurons:
         if neuron.kind != SOURCE:
             raise ValueError(f"neuron {neuron.name!r} is a derivative already; derive from the bank of source neurons")
+    if not len(bank):
+        raise ValueError("the bank has no neurons; there is nothing to derive from")
     if bank.hidden_size < 3:
         raise ValueError(f"hidden size {bank.hidden_size}: there is nowhere to move to; expected 3 or more")
+    _check_lengths(bank, gains)
     made: list[_Made] = [each for index in range(len(bank)) for each in _family(bank, index, seed, per_source, gains)]
     provenance = {
         "neuroweave": __version__,
@@ -63,6 +66,26 @@ def derive_bank(
     }
     neurons, gate, up, down = zip(*made, strict=True)
     return Bank(np.stack(gate), np.stack(up), np.stack(down), list(neurons), provenance)
+
+
+def _check_lengths(bank: Bank, gains: Sequence[float | int]) -> None:
+    """Raise ValueError for a gain with which a direction, or the gain itself, leaves what float32 holds in full."""
+    limits = np.finfo("f4")
+    smallest, largest = float(limits.tiny), float(limits.max)
+    for gain in gains:
+        if not smallest <= gain <= largest:
+            raise ValueError(f"gain {gain:g}: expected {smallest:.2g} to {largest:.2g}, which float32 holds")
+    for matrix, scales in (("gate", gains), ("up", gains), ("down", (1.0,))):
+        wide = getattr(bank, matrix).astype("f8")
+        peaks, lengths = np.abs(wide).max(axis=1), np.linalg.norm(wide, axis=1)
+        for gain in scales:
+            bad = (peaks > 0) & ((peaks * gain < smallest) | (lengths * gain > largest))
+            if bad.any():
+                name, length = bank.neurons[int(bad.argmax())].name, lengths[bad.argmax()]
+                raise ValueError(
+                    f"neuron {name!r}: its {matrix} direction has length {length:.3g}, which gain {gain:g} takes out "
+                    "of float32; take another gain"
+                )
 
 
 def _family(bank: Bank, index: int, seed: int, per_source: int, gains: Sequence[float | int]) -> Iterator[_Made]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from neuroweave.surgery.neurons.bank import Neuron
+from neuroweave.surgery.neurons.bank import Neuron, check_no_source
 from neuroweave.surgery.neurons.curves import DEFINED, Curve, curve_of, fires_on
 
 INK, MUTED, GRID, LINE, OTHER_LINE = "#1c2430", "#6b7482", "#dfe3e8", "#1f6fb2", "#b2541f"
@@ -44,9 +44,9 @@ STYLE = {
 }
 
 
-def check_figure(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_figure(path: str | Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> Path:
     """The path of a figure that may be drawn. Raises ValueError or ImportError, saying why, when it may not."""
-    path = Path(path)
+    path = check_no_source(path, sources)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: a figure is a {' or '.join(SUFFIXES)} file")
     if not path.parent.is_dir():

@@ -68,19 +68,21 @@ class LayerDeltas:
     """The deltas of one layer: gate and up `[n, d]`, down `[d, n]`, from any thread.
 
     `dtypes`: safetensors names by projection (of `DTYPES`). `slots`: those of a whole round, for the layer's
-    activation. Beside the prepared bank it holds some numbers a slot, and N d / 4 bytes of signs.
+    activation. `path` tells further MLPs of one layer from the first, whose path is "": each draws its own order,
+    frames and signs. Beside the prepared bank it holds some numbers a slot, and N d / 4 bytes of signs.
     """
 
     def __init__(
         self, bank: PreparedBank, slots: Slots, *, seed: int, layer: int, neurons: int, dtypes: Mapping[str, str],
-        gate_scale: float | int, symmetry: str = SYMMETRIES[0],
+        gate_scale: float | int, symmetry: str = SYMMETRIES[0], path: str = "",
     ) -> None:  # fmt: skip
         self.bank, self.dtypes = bank, dtypes
-        self.layout = Layout.draw(slots, neurons // 2, seed=seed, layer=layer)
+        self._identity = (layer, path) if path else (layer,)
+        self.layout = Layout.draw(slots, neurons // 2, seed=seed, layer=layer, path=path)
         self.shapes = {"gate": (neurons, bank.hidden), "up": (neurons, bank.hidden), "down": (bank.hidden, neurons)}
         self._seed, self._layer, self._mirrored = seed, layer, symmetry == SYMMETRIES[0]
         self._scale = gate_scale * math.sqrt(bank.hidden)
-        self._rows = 1 + permutation(seed, "rows", layer, count=bank.hidden - 1)
+        self._rows = 1 + permutation(seed, "rows", *self._identity, count=bank.hidden - 1)
         self._sides: dict[str, _Side] = {}
         self._lock = threading.Lock()
 
@@ -175,7 +177,7 @@ class LayerDeltas:
         with self._lock:
             if name not in self._sides:
                 directions = self.bank.read if name == "read" else self.bank.write
-                frames = Frames(directions, self._seed, self._layer, name)
+                frames = Frames(directions, self._seed, *self._identity, name)
                 turns = self.layout.rounds + 1  # an up direction needs the next round's vector too
                 self._sides[name] = _Side(frames, self._rows, turns)
             return self._sides[name]

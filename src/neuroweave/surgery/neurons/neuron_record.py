@@ -1,8 +1,8 @@
-"""What a bank's file may say of a neuron: names and types, checked once, so that whoever reads a bank can rely on them."""
+"""What a bank's file may say of a neuron: names and types, checked once, so that all who read a bank can rely on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,8 @@ from neuroweave.surgery.neurons.plain_values import echo, is_integer, is_number
 
 _KINDS = ("source", "derivative")
 _OPTIONAL_CURVES = ("deviation", "count")
-_LIMITS = np.finfo("f4")
+_OF_A_MOMENT = ("token", "text", "value")  # the others may be missing
+_SMALLEST, _LARGEST = (float(size) for size in (np.finfo("f4").tiny, np.finfo("f4").max))
 
 
 def check_record(record: object, number: int) -> None:
@@ -42,7 +43,7 @@ def _check_origin(origin: object) -> None:
         if key in about and not isinstance(about[key], str):
             raise ValueError(f"its origin's {key} is {echo(about[key])}; expected a text")
     gain = about.get("gain", 1.0)
-    if not is_number(gain) or not _LIMITS.tiny <= gain <= _LIMITS.max:
+    if not is_number(gain) or not _SMALLEST <= gain <= _LARGEST:
         raise ValueError(f"its origin's gain is {echo(gain)}; expected a number above 0 that float32 holds")
     if about.get("statistics") == "inherited" and "parent" not in about:
         raise ValueError("its statistics are inherited, but its origin has no parent")
@@ -81,11 +82,11 @@ def _check_fired(fired: object) -> None:
     for item in fired:
         moment = _object(item, "moment in fired")
         for key, fits, expected in _MOMENT:
-            if not fits(moment.get(key)):
+            if (key in moment or key in _OF_A_MOMENT) and not fits(moment.get(key)):
                 raise ValueError(f"its moment in fired has the {key} {echo(moment.get(key))}; expected {expected}")
 
 
-def _object(value: object, what: str) -> Mapping[str, Any]:
+def _object(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"its {what} is {echo(value)}; expected an object")
     return value
@@ -95,9 +96,9 @@ _MOMENT: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("token", lambda value: isinstance(value, str), "a text"),
     ("text", lambda value: isinstance(value, str), "a text"),
     ("value", is_number, "a number"),
-    ("start", lambda value: value is None or is_integer(value), "an integer"),
-    ("end", lambda value: value is None or is_integer(value), "an integer"),
-    ("document", lambda value: value is None or isinstance(value, str), "a text"),
+    ("start", is_integer, "an integer"),
+    ("end", is_integer, "an integer"),
+    ("document", lambda value: isinstance(value, str), "a text"),
 )
 _CHECKS: dict[str, Callable[[object], None]] = {
     "origin": _check_origin,

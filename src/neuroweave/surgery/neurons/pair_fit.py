@@ -63,9 +63,13 @@ class PiecewiseLinear:
     @classmethod
     def from_dict(cls, about: dict[str, Any]) -> PiecewiseLinear:
         """From a bank. Raises ValueError for what is no odd piecewise-linear function."""
-        for key, value in about.items():
-            several = key in ("knots", "slopes")
-            if not (isinstance(value, list | tuple) and all(map(is_number, value)) if several else is_number(value)):
+        for key in ("knots", "slopes", "range", "tolerance"):
+            value, several = about.get(key, 0), key in ("knots", "slopes")
+            if several and key in about:
+                sound = isinstance(value, list | tuple) and all(map(is_number, value))
+            else:
+                sound = is_number(value)
+            if not sound:
                 expected = "a list of numbers" if several else "a number"
                 raise ValueError(f"the behaviour's {key} is {echo(value)}; expected {expected}")
         try:
@@ -113,9 +117,8 @@ def piecewise_linear(
     for what, numbers in (("knot", knots), ("slope", slopes), ("range", [range])):
         for number in numbers:
             if number and not _SMALLEST <= abs(number) <= _LARGEST:
-                raise ValueError(
-                    f"{what} {number:g}: expected a size from {_SMALLEST:g} to {_LARGEST:g}{' or 0' * (what != 'range')}"
-                )
+                other = "" if what == "range" else ", or 0"
+                raise ValueError(f"{what} {number:g}: expected a size from {_SMALLEST:g} to {_LARGEST:g}{other}")
     if any(after <= before for before, after in itertools.pairwise(knots)):
         raise ValueError(f"knots {shorten(str(list(knots)))} do not ascend")
     if not range > 0:

@@ -6,7 +6,21 @@ import math
 import reprlib
 
 _WIDTH = 80
-_ECHO = reprlib.Repr(maxlevel=3, maxstring=_WIDTH, maxother=_WIDTH, maxlong=_WIDTH)
+
+
+class _Echo(reprlib.Repr):
+    """A `repr` of bounded work: few items a level, few levels, and no long integers, which Python refuses to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = _WIDTH
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() <= 256 else f"<integer of {value.bit_length()} bits>"
+
+
+_ECHO = _Echo()
 
 
 def is_number(value: object) -> bool:
@@ -26,8 +40,6 @@ def is_integer(value: object) -> bool:
 
 def echo(value: object) -> str:
     """The value as Python writes it, in 80 characters at most, whatever its size and depth."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
     return shorten(_ECHO.repr(value))
 
 

@@ -21,6 +21,8 @@ from neuroweave.surgery.neurons.bank import Bank, Neuron
 from neuroweave.surgery.neurons.pair_fit import PairFit, PiecewiseLinear, fit_pairs
 from neuroweave.surgery.neurons.randomness import permutation
 
+_LARGEST = float(np.finfo("f4").max)
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -78,6 +80,11 @@ def expand(neurons: Sequence[Neuron], activation: str) -> tuple[Slots, list[Real
         first = realised.get(behaviour, Realised(neuron.name, 0, activation, fit, behaviour.tolerance))
         realised[behaviour] = replace(first, neurons=first.neurons + 1)
         rows += [(index, gain * own, weight) for own, weight in zip(fit.gains, fit.weights, strict=True)]
+    for index, *factors in rows:
+        if not max(map(abs, factors)) <= _LARGEST:
+            raise ValueError(
+                f"neuron {neurons[index].name!r}: gain {factors[0]:g} or weight {factors[1]:g} is no float32"
+            )
     neuron_of, gains, weights = zip(*rows, strict=True)
     return Slots(np.array(neuron_of), np.array(gains, "f4"), np.array(weights, "f4")), list(realised.values())
 
@@ -96,11 +103,12 @@ class Layout:
         return self.rounds * len(self.slots) + len(self.last)
 
     @classmethod
-    def draw(cls, slots: Slots, pairs: int, *, seed: int, layer: int) -> Layout:
-        """The layout of a layer with room for `pairs` pairs."""
+    def draw(cls, slots: Slots, pairs: int, *, seed: int, layer: int, path: str = "") -> Layout:
+        """The layout of a layer's MLP with room for `pairs` pairs. `path`: "" for the first MLP of the layer."""
         count = int(slots.neuron.max()) + 1
         place = np.empty(count, "i8")
-        place[permutation(seed, "slots", layer, count=count)] = np.arange(count)
+        identity = (layer, path) if path else (layer,)
+        place[permutation(seed, "slots", *identity, count=count)] = np.arange(count)
         ordered = slots.take(np.argsort(place[slots.neuron], kind="stable"))
         rounds, room = divmod(pairs, len(ordered))
         firsts = [*np.flatnonzero(np.diff(ordered.neuron, prepend=-1)).tolist(), len(ordered)]
