@@ -128,15 +128,19 @@ def symmetry_variants() -> list[Variant]:
 def centre(base: torch.nn.Module, other: torch.nn.Module, tokens: Tensor) -> None:
     """Turn the appended neurons' gate and up rows orthogonal to their layer's mean input, so that what they read has
     no mean: the condition under which a sign-symmetric pair adds none."""
-    for mine, theirs in zip(base.model.layers, other.model.layers, strict=True):
-        means: list[Tensor] = []
-        handle = mine.mlp.register_forward_pre_hook(lambda _, inputs, means=means: means.append(inputs[0].mean((0, 1))))
-        base(tokens)
+    means: dict[int, Tensor] = {}
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda _, inputs, at=at: means.update({at: inputs[0].mean((0, 1))}))
+        for at, layer in enumerate(base.model.layers)
+    ]
+    base(tokens)
+    for handle in handles:
         handle.remove()
+    for at, (mine, theirs) in enumerate(zip(base.model.layers, other.model.layers, strict=True)):
         first = mine.mlp.gate_proj.weight.shape[0]
         for weight in (theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight):
             rows = weight[first:]
-            rows -= torch.outer(rows @ means[0], means[0]) / means[0].dot(means[0])
+            rows -= torch.outer(rows @ means[at], means[at]) / means[at].dot(means[at])
 
 
 @torch.no_grad()
