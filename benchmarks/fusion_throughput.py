@@ -4,7 +4,8 @@
 
 Synthetic bfloat16 Llamas with real random values in one file, and Gaussian deltas for every gate and down. All inputs
 are in the page cache. Per round, in alternating order: `cp -r`, `neuroweave fuse --no-hash`, `neuroweave fuse`, each
-until the process ends and once more until the files are on the disk (fsync). An untimed copy comes before each: memory
+until the process ends and once more until the files are on the disk (fsync); and, for what bounds them, the command's
+start-up (`fuse --dry-run`) and the fuse with its arithmetic taken out (`fuse_without_arithmetic.py`). An untimed copy comes before each: memory
 that a virtual machine has not touched for a while costs the first that writes to it. mergekit's peer is its
 passthrough with a scale on every gate and down, in the smallest size, not synced.
 """
@@ -15,6 +16,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,8 @@ def jobs_of(model: Path, deltas: Path, out: Path, mergekit: Path | None, scratch
         ("cp", ("cp", "-r", str(model), str(out))), ("fuse --no-hash", (*fuse, "--no-hash")), ("fuse", fuse),
     ]  # fmt: skip
     jobs = [Job(name, command, synced) for synced in (False, True) for name, command in plain]
+    without = (sys.executable, str(Path(__file__).with_name("fuse_without_arithmetic.py")), *fuse[1:], "--no-hash")
+    jobs += [Job("start: fuse --dry-run", (*fuse, "--dry-run")), Job("fuse --no-hash, no arithmetic", without)]
     if mergekit is not None:
         recipe = scratch / "passthrough.yaml"
         recipe.write_text(MERGEKIT_CONFIG.format(model=model), encoding="utf-8")

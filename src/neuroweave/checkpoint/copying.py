@@ -61,6 +61,21 @@ def write_from(descriptor: int, view: memoryview, position: int) -> None:
         view, position = view[count:], position + count
 
 
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Give a new file its length, with its room on the disk reserved where the file system can."""
+    import ctypes
+
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate  # os.posix_fallocate writes zeros where this fails
+    except AttributeError:
+        fallocate = None
+    if fallocate is not None:
+        fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        if fallocate(descriptor, 0, 0, nbytes) and (code := ctypes.get_errno()) == errno.ENOSPC:
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, nbytes)
+
+
 def link_or_copy(origin: Path, target: Path, *, copy: bool) -> bool:
     """Hard-link a file, or copy it (bytes and mode) where that is not possible; returns whether it was linked."""
     if not copy:

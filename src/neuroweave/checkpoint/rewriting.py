@@ -9,25 +9,28 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuroweave.checkpoint.copying import copy_range, read_into, write_from
+from neuroweave.checkpoint.copying import copy_range, read_into, reserve, write_from
 
-COPY_BYTES = 1 << 26  # one piece of a plain copy
+COPY_BYTES = 1 << 24  # one piece of a plain copy
 _HASH_BYTES = 1 << 20
+_WAITING = 3  # pieces in memory, beyond one a worker, that wait to be written
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes `[begin, end)` of the new file, and the job that writes them: `write(descriptor, prepared)`."""
+    """Bytes `[begin, end)` of the new file: `make(prepared)` computes them, on any thread, and gives the job that
+    writes them to a descriptor; one such job runs at a time, because a file system lets one writer at a file."""
 
     begin: int
     end: int
-    write: Callable[[int, Any], None]
+    make: Callable[[Any], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ def copy_pieces(source: int, begin: int, target_begin: int, nbytes: int) -> list
     """Pieces that copy a range of the open file `source` as it is."""
 
     def piece(start: int, count: int) -> Piece:
-        def write(target: int, prepared: Any) -> None:
-            copy_range(source, target, begin + start, target_begin + start, count)
+        def make(prepared: Any) -> Callable[[int], None]:
+            return lambda target: copy_range(source, target, begin + start, target_begin + start, count)
 
-        return Piece(target_begin + start, target_begin + start + count, write)
+        return Piece(target_begin + start, target_begin + start + count, make)
 
     return [piece(start, min(COPY_BYTES, nbytes - start)) for start in range(0, nbytes, COPY_BYTES)]
 
@@ -90,6 +93,36 @@ class _Preparation:
             return self.value
 
 
+class _Turn:
+    """The writes of one file, one at a time: whoever brings one does all that are waiting, unless another is at it, so
+    that no thread waits for the file system's lock on the file."""
+
+    def __init__(self, descriptor: int, progress: Callable[[int], None], room: threading.Semaphore) -> None:
+        self._descriptor, self._progress, self._room = descriptor, progress, room
+        self._waiting: deque[tuple[Callable[[int], None], int, Future]] = deque()
+        self._lock = threading.Lock()
+
+    def write(self, job: Callable[[int], None], nbytes: int, done: Future) -> None:
+        self._waiting.append((job, nbytes, done))
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                while self._waiting:
+                    self._write_one(*self._waiting.popleft())
+            finally:
+                self._lock.release()
+
+    def _write_one(self, job: Callable[[int], None], nbytes: int, done: Future) -> None:
+        try:
+            job(self._descriptor)
+            self._progress(nbytes)
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        finally:
+            self._room.release()
+
+
 class Rewriter:
     """Runs shard rewrites on `workers` threads; two more threads hash, when asked to.
 
@@ -102,6 +135,7 @@ class Rewriter:
         self._progress = progress or (lambda nbytes: None)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="rewrite")
         self._hashers = ThreadPoolExecutor(2, thread_name_prefix="hash")
+        self._room = threading.Semaphore(workers + _WAITING)
         self._stop = threading.Event()
 
     def __enter__(self) -> Rewriter:
@@ -127,7 +161,7 @@ class Rewriter:
         futures: list[Future] = []
         try:
             os.fchmod(target, mode)
-            os.ftruncate(target, job.size)
+            reserve(target, job.size)
             write_from(target, memoryview(job.head), 0)
             ends: list[tuple[int, Future | None]] = []
             for piece, future in self._submit(job, target):
@@ -154,6 +188,7 @@ class Rewriter:
         """Queue everything; each group's preparation goes in front of the pieces of the group before it, so that a
         worker seldom waits. Pieces wait only for jobs that were queued earlier: there is no deadlock."""
         queued: list[tuple[Piece | None, Future]] = []
+        turn = _Turn(target, self._progress, self._room)
         preparations: dict[int, _Preparation] = {}
         needing = [number for number, group in enumerate(job.groups) if group.prepare]
 
@@ -166,9 +201,10 @@ class Rewriter:
             while needing and (not preparations or max(preparations) <= number):
                 prepare(needing.pop(0))
             preparation = preparations.get(number)
-            queued.extend(
-                (piece, self._workers.submit(self._write_piece, piece, target, preparation)) for piece in group.pieces
-            )
+            for piece in group.pieces:
+                done: Future = Future()
+                self._workers.submit(self._write_piece, piece, turn, preparation, done)
+                queued.append((piece, done))
         return queued
 
     def _guarded(self, task: Callable[[], Any]) -> Any:
@@ -176,11 +212,19 @@ class Rewriter:
             raise InterruptedError("stopped")
         return task()
 
-    def _write_piece(self, piece: Piece, target: int, preparation: _Preparation | None) -> None:
-        if self._stop.is_set():
-            raise InterruptedError("stopped")
-        piece.write(target, preparation.result() if preparation else None)
-        self._progress(piece.end - piece.begin)
+    def _write_piece(self, piece: Piece, turn: _Turn, preparation: _Preparation | None, done: Future) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        self._room.acquire()
+        try:
+            if self._stop.is_set():
+                raise InterruptedError("stopped")
+            job = piece.make(preparation.result() if preparation else None)
+        except BaseException as error:
+            self._room.release()
+            done.set_exception(error)
+        else:
+            turn.write(job, piece.end - piece.begin, done)
 
     def _hash(self, path: Path, ends: list[tuple[int, Future | None]] | None) -> str:
         """SHA-256 of a file; with `ends`, following the pieces that are still being written."""

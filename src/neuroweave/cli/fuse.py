@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def command(
     workers: int | None, no_hash: bool, copy: bool, overwrite: bool, as_json: bool, neurons: int | None,
     gate_scale: float | None, **numbers: Any,
 ) -> None:  # fmt: skip
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: starting threads of no use here takes time
     from neuroweave.checkpoint.hub import local_folder
     from neuroweave.surgery.fusion.plan import FuseOptions
 

@@ -6,7 +6,7 @@ With a gain of 0 the new down columns are zero and the model computes what it di
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,11 @@ def _row_pieces(target: Target, deltas: DeltaSource, position: int) -> list[Piec
     def piece(begin: int, end: int) -> Piece:
         start = position + begin * columns * dtype.itemsize
 
-        def write(descriptor: int, prepared: Any) -> None:
+        def make(prepared: Any) -> Callable[[int], None]:
             block = _finite(deltas.rows(target.delta.name, begin, end).astype(dtype), target)
-            write_from(descriptor, block.view("u1").reshape(-1).data, start)
+            return lambda descriptor: write_from(descriptor, block.view("u1").reshape(-1).data, start)
 
-        return Piece(start, position + end * columns * dtype.itemsize, write)
+        return Piece(start, position + end * columns * dtype.itemsize, make)
 
     return [piece(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
@@ -153,7 +153,9 @@ def _down_pieces(
     step = rows_per_piece(row_bytes)
 
     def piece(begin: int, end: int) -> Piece:
-        def write(descriptor: int, prepared: Any) -> None:
+        start = position + begin * row_bytes
+
+        def make(prepared: Any) -> Callable[[int], None]:
             block = np.empty((end - begin, old + new), dtype)
             raw = checkpoint.read_bytes(target.stored.name, begin * old * dtype.itemsize, end * old * dtype.itemsize)
             block[:, :old] = np.frombuffer(raw, dtype).reshape(end - begin, old)
@@ -162,9 +164,9 @@ def _down_pieces(
                 block[:, old:] = np.multiply(added, np.float32(gain)) if gain else 0
             _finite(added, target)
             _finite(block[:, old:], target)
-            write_from(descriptor, block.view("u1").reshape(-1).data, position + begin * row_bytes)
+            return lambda descriptor: write_from(descriptor, block.view("u1").reshape(-1).data, start)
 
-        return Piece(position + begin * row_bytes, position + end * row_bytes, write)
+        return Piece(start, position + end * row_bytes, make)
 
     return [piece(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 

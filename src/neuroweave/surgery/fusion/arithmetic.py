@@ -22,7 +22,7 @@ import numpy as np
 
 from neuroweave.surgery.neurons.randomness import random_bits
 
-BLOCK = 1 << 17  # elements; with smaller blocks the threads wait for each other between array operations
+BLOCK = 1 << 18  # elements; with smaller blocks the threads wait for each other between array operations
 _DOT = 1 << 13  # longer dot products would start the threads of the BLAS
 EXACT_BELOW = 1 << 20  # smaller tensors are summed in float64
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -6,6 +6,7 @@ Everything is cut by the tensor's shape alone, so that results do not depend on 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -36,8 +37,26 @@ class _Threads(threading.local):
         self.space = Workspace()
 
 
+class _Buffers:
+    """Buffers of pieces between their edit and their writing, used again: fresh memory costs page faults."""
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self, nbytes: int) -> np.ndarray:
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = np.empty(0, "u1")
+        return buffer if buffer.size >= nbytes else np.empty(nbytes, "u1")
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        self._free.append(buffer)
+
+
 _threads = _Threads()
 _weights = ThreadBuffer()
+_buffers = _Buffers()
 
 
 @dataclass
@@ -80,7 +99,7 @@ class TensorEdit:
             Piece(
                 target_begin + begin * row_bytes,
                 target_begin + min(begin + step, rows) * row_bytes,
-                self._writer(begin, min(begin + step, rows), target_begin + begin * row_bytes),
+                self._maker(begin, min(begin + step, rows), target_begin + begin * row_bytes),
             )
             for begin in range(0, rows, step)
         ]
@@ -147,30 +166,46 @@ class TensorEdit:
 
     # Reading and writing
 
-    def _read_weights(self, begin: int, end: int) -> np.ndarray:
+    @property
+    def row_bytes(self) -> int:
+        return self.target.matrix[1] * STORED[self.target.stored.dtype].itemsize
+
+    def _read_weights(self, begin: int, end: int, buffer: np.ndarray | None = None) -> np.ndarray:
         stored = self.target.stored
         dtype, columns = STORED[stored.dtype], self.target.matrix[1]
         row_bytes = columns * dtype.itemsize
-        data = _weights.take((end - begin) * row_bytes)
+        data = _weights.take((end - begin) * row_bytes) if buffer is None else buffer[: (end - begin) * row_bytes]
         self.checkpoint.read_into(stored.name, data.data, begin * row_bytes)
         return data.view(dtype).reshape(end - begin, columns)
 
     def _read_delta(self, begin: int, end: int) -> np.ndarray:
         return self.deltas.rows(self.target.delta.name, begin, end)
 
-    def _writer(self, begin: int, end: int, position: int) -> Callable[[int, Edit | None], None]:
-        def write(descriptor: int, prepared: Edit | None) -> None:
+    def _maker(self, begin: int, end: int, position: int) -> Callable[[Edit | None], Callable[[int], None]]:
+        def make(prepared: Edit | None) -> Callable[[int], None]:
             edit = prepared or self.edit
-            weights = self._read_weights(begin, end)
-            covered_rows, covered_columns = self.target.covered
-            if begin < covered_rows:
-                last = min(end, covered_rows)
-                delta = self._read_delta(begin, last)
-                part = weights[: last - begin, :covered_columns]
-                self.effects[begin] = edit_rows(edit, part, delta, begin, self.target.matrix[1])
-            write_from(descriptor, weights.view("u1").reshape(-1).data, position)
+            buffer = _buffers.take((end - begin) * self.row_bytes)
+            try:
+                weights = self._read_weights(begin, end, buffer)
+                covered_rows, covered_columns = self.target.covered
+                if begin < covered_rows:
+                    last = min(end, covered_rows)
+                    delta = self._read_delta(begin, last)
+                    part = weights[: last - begin, :covered_columns]
+                    self.effects[begin] = edit_rows(edit, part, delta, begin, self.target.matrix[1])
+            except BaseException:
+                _buffers.give_back(buffer)
+                raise
 
-        return write
+            def write(descriptor: int) -> None:
+                try:
+                    write_from(descriptor, weights.view("u1").reshape(-1).data, position)
+                finally:
+                    _buffers.give_back(buffer)
+
+            return write
+
+        return make
 
 
 def edit_rows(edit: Edit, weights: np.ndarray, delta: np.ndarray, first_row: int, row_length: int) -> Effect:

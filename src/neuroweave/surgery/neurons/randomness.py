@@ -11,10 +11,9 @@ import hashlib
 import json
 
 import numpy as np
-from jaxtyping import Int64, UInt64
 
 
-def random_bits(seed: int, *identity: str | int, count: int, block: int = 0) -> UInt64[np.ndarray, " count"]:
+def random_bits(seed: int, *identity: str | int, count: int, block: int = 0) -> np.ndarray:
     """`count` uniform 64-bit numbers for what `identity` names: the stream's block number `block` (2^128 numbers each).
 
     The key is the head of the SHA-256 of the JSON list `[seed, *identity]`.
@@ -24,6 +23,6 @@ def random_bits(seed: int, *identity: str | int, count: int, block: int = 0) -> 
     return stream.random_raw(count)
 
 
-def permutation(seed: int, *identity: str | int, count: int) -> Int64[np.ndarray, " count"]:
+def permutation(seed: int, *identity: str | int, count: int) -> np.ndarray:
     """The numbers 0 to `count` - 1 in a random order: the stable order of as many raw numbers."""
     return np.argsort(random_bits(seed, *identity, count=count), kind="stable")
