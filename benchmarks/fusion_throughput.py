@@ -4,10 +4,10 @@
 
 Synthetic bfloat16 Llamas with real random values in one file, and Gaussian deltas for every gate and down. All inputs
 are in the page cache. Per round, in alternating order: `cp -r`, `neuroweave fuse --no-hash`, `neuroweave fuse`, each
-until the process ends and once more until the files are on the disk (fsync); and, for what bounds them, the command's
-start-up (`fuse --dry-run`) and the fuse with its arithmetic taken out (`fuse_without_arithmetic.py`). An untimed copy comes before each: memory
-that a virtual machine has not touched for a while costs the first that writes to it. mergekit's peer is its
-passthrough with a scale on every gate and down, in the smallest size, not synced.
+until the process ends and once more until the files are on the disk (fsync); and what bounds them: the command's
+start-up (`fuse --dry-run`), the fuse with its arithmetic taken out (`fuse_without_arithmetic.py`). An untimed copy
+comes before each: memory that a virtual machine has not touched for a while costs the first that writes to it.
+mergekit's peer is its passthrough with a scale on every gate and down, in the smallest size, not synced.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ import torch
 from fusion_models import llama_config, mlp_names, weights, write_checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from neuroweave.surgery.fusion.delta_extraction import STORED, delta_block, extract_delta
-from neuroweave.surgery.fusion.plan import FuseOptions
 from safetensors.torch import load_file, save_file
 
 from neuroweave.checkpoint import Checkpoint
@@ -23,6 +21,8 @@ from neuroweave.checkpoint import tensor_difference as blocks
 from neuroweave.checkpoint.manifest import MANIFEST_FILE
 from neuroweave.checkpoint.verification import verify_checkpoint
 from neuroweave.cli.main import main
+from neuroweave.surgery.fusion.delta_extraction import STORED, delta_block, extract_delta
+from neuroweave.surgery.fusion.plan import FuseOptions
 
 
 def run(capsys, *words):

@@ -1,9 +1,10 @@
 """The delta that turns checkpoint A into checkpoint B: D = B - A, written like generated deltas.
 
 Applied by the additive fuse: B' = round(A + D), A and D in float32, one rounding to the stored dtype. With D in
-float32, B' is B except where |A| is so much larger than |B| that the places of D are coarser than those of B: then no
-D reaches B. (The set of D that do is an interval around B - A no wider than the places of B, so the D nearest to B - A
-is in it when any is; trying its neighbours mended none of 4 million such elements.) Every element is checked.
+float32, B' is B except where |A| is so much larger than |B| that the places of D are coarser than those of B (or where
+B is a power of two, whose places below are half as wide): then no D reaches B. (The set of D that do is an interval
+around B - A no wider than the places of B, so the D nearest to B - A is in it when any is; trying its neighbours mended
+none of 4 million such elements.) Every element is checked.
 """
 
 from __future__ import annotations
