@@ -16,7 +16,7 @@ import neuroweave
 from neuroweave.checkpoint import import_checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.diagnose import Plan, Subject, compare
-from neuroweave.diagnose.verdict import bracketed
+from neuroweave.diagnose.report.verdict import bracketed
 from neuroweave.text import documents, read_documents
 
 RECIPES = ("silu-tanh-mlp", "automixed-relu-silu", "automixed-relu-gelu-silu", "phantom-mlp", "learned-mixture")

@@ -23,7 +23,7 @@ from neuroweave.checkpoint import import_checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.diagnose import Plan, Subject, compare
 from neuroweave.diagnose.environment import describe_environment
-from neuroweave.diagnose.verdict import bracketed
+from neuroweave.diagnose.report.verdict import bracketed
 from neuroweave.surgery.fusion.fuse import fuse_checkpoint
 from neuroweave.surgery.fusion.generated import generated_deltas
 from neuroweave.surgery.fusion.plan import FuseOptions

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from neuroweave.diagnose.bootstrap import Bootstrap
-from neuroweave.diagnose.comparison import Estimate
+from neuroweave.diagnose.results.comparison import Estimate
 
 COUNTS = np.array([511, 7, 123, 1, 300])
 

@@ -10,9 +10,11 @@ from tiny_llama import changed, texts, tiny_model, tiny_tokenizer
 
 from neuroweave.cli import compare as compare_cli
 from neuroweave.cli.main import main
-from neuroweave.diagnose import Comparison
+from neuroweave.diagnose import Comparison, experiment
+from neuroweave.diagnose.probes import prediction
 
 QUICK = ["--window", "32", "--tokens", "300"]
+LESS = ["--no-speed", "--no-gradients", "--no-sampling", "--no-weights"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,9 @@ def test_a_comparison_from_folders(folder: Path, tmp_path: Path, capsys: pytest.
     )  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "figures", "report.html"]
+    drawn = {path.name for path in (out / "figures").iterdir()}
+    assert {"kl-by-position.svg", "kl-by-position.png"} <= drawn
     comparison = Comparison.read(out / "comparison.json")
     names = [model.name for model in comparison.models]
     assert names == ["base (1)", "other", "base (2)"]
@@ -56,7 +60,8 @@ def test_a_comparison_from_folders(folder: Path, tmp_path: Path, capsys: pytest.
     assert comparison.others[0].difference.kl.value > 0.01
     assert len(comparison.text.documents) == comparison.text.units == 10
     assert set(comparison.text.documents) <= {f"text-{n}.txt#1" for n in range(12)}
-    assert [generated.prompt for generated in comparison.generated] == ["w1 w2", "w3"]
+    wanted = [("w1 w2", "greedy"), ("w3", "greedy"), ("w1 w2", "sampled"), ("w3", "sampled")]
+    assert [(generated.prompt, generated.mode) for generated in comparison.generated] == wanted
     assert comparison.plan.speed is None
     header, *rows = printed.out.splitlines()
     assert all(name in header for name in names)
@@ -74,7 +79,7 @@ def test_a_comparison_from_folders(folder: Path, tmp_path: Path, capsys: pytest.
 
 def test_json_is_the_stored_comparison(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    words = [folder / "base", folder / "other", "--data", folder / "texts", "--out", out, *QUICK, "--no-speed"]
+    words = [folder / "base", folder / "other", "--data", folder / "texts", "--out", out, *QUICK, *LESS]
     assert run(*words, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "comparison.json").read_text())
@@ -88,7 +93,7 @@ def test_one_after_the_other_when_memory_is_short(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_cli, "MEMORY_SHARE", 0.0)
-    words = [folder / "base", folder / "other", folder / "base", "--data", folder / "texts", *QUICK, "--no-speed"]
+    words = [folder / "base", folder / "other", folder / "base", "--data", folder / "texts", *QUICK, *LESS]
     assert run(*words, "--out", tmp_path / "apart") == 0
     assert "one after the other" in capsys.readouterr().err
     monkeypatch.setattr(compare_cli, "MEMORY_SHARE", 0.7)
@@ -105,9 +110,10 @@ def test_one_after_the_other_when_memory_is_short(
         (["base", "absent"], "no such folder, and not a hub id"),
         (["base", "other", "--window", "65"], "a window of 65 tokens is more than base can read (64)"),
         (["base", "other", "--window", "1"], "--window 1: input should be greater than or equal to 2"),
-        (["base", "other", "--dtype", "float8"], "dtype 'float8' is not known"),
+        (["base", "other", "--dtype", "float8"], "'float8' is not one of 'auto'"),
         (["base", "other", "--prompts", "prompts.txt"], "prompts.txt, line 2: an empty prompt"),
         (["base", "other", "--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["base", "other", "--limit", "5"], "--limit says how many questions of a benchmark to ask"),
         (["base"], "Missing argument 'OTHER [MORE ...]'"),
     ],
 )
@@ -123,13 +129,64 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     Path("prompts.txt").write_text("w1\n\nw2\n")
     places = [str(folder / word) if word in ("base", "other", "odd", "absent") else word for word in words]
     data = [] if "--data" in words else ["--data", folder / "texts"]
-    assert run(*places, *data, "--out", tmp_path / "out", "--no-speed", *([] if "--window" in words else QUICK)) == 2
+    assert run(*places, *data, "--out", tmp_path / "out", *LESS, *([] if "--window" in words else QUICK)) == 2
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert last.startswith("neuroweave: ")
     assert message in last
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt"]
+
+
+def test_a_stopped_run_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the pass over the text: the next run of the same command does not read it again."""
+    words = [folder / "base", folder / "other", "--data", folder / "texts", *QUICK, *LESS, "--card"]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "write_all", interrupted)
+        assert run(*words, "--out", tmp_path / "out") == 130
+    assert not (tmp_path / "out").exists()
+    reads: list[int] = []
+    read = prediction.LiveReader.read
+    monkeypatch.setattr(
+        prediction.LiveReader, "read", lambda self, window, number: reads.append(number) or read(self, window, number)
+    )
+    assert run(*words, "--out", tmp_path / "out") == 0
+    assert "going on with what an interrupted run has measured" in capsys.readouterr().err
+    assert reads == []
+    assert run(*words, "--out", tmp_path / "again") == 0
+    assert reads
+    first, second = (Comparison.read(tmp_path / name / "comparison.json") for name in ("out", "again"))
+    assert first.model_dump(exclude={"environment"}) == second.model_dump(exclude={"environment"})
+    assert "measured-so-far" not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+
+
+def test_a_broken_model_is_named_and_the_rest_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tiny_model()
+    broken.model.layers[2].mlp.up_proj.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    out = tmp_path / "out"
+    words = [folder / "base", folder / "other", tmp_path / "broken", "--data", folder / "texts", *QUICK, *LESS]
+    assert run(*words, "--out", out) == 1
+    error = capsys.readouterr().err
+    assert "broken: prediction could not be measured: broken gives logits that are not numbers" in error
+    assert "the output of layer 2" in error
+    assert [other.model.name for other in Comparison.read(out / "comparison.json").others] == ["other"]
+    assert (
+        run(folder / "base", tmp_path / "broken", "--data", folder / "texts", *QUICK, "--out", out, "--overwrite") == 1
+    )
+    assert Comparison.read(out / "comparison.json").others == []
+    assert (out / "report.html").is_file()
 
 
 def test_names_tell_models_apart() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 from scipy.special import log_softmax
 from tiny_llama import QUICK, WITHOUT_SPEED, Text, changed, subject, texts, tiny_model, tiny_tokenizer
 
-from neuroweave.diagnose import Plan, SpeedPlan, Subject, compare, measure
+from neuroweave.diagnose import Ledger, Plan, SpeedPlan, Subject, compare, experiment
+from neuroweave.diagnose.experiment import compare_one_by_one
 from neuroweave.diagnose.passages import draw_sample
-from neuroweave.diagnose.speed import measure_speed, median_interval
+from neuroweave.diagnose.probes import head, prediction
+from neuroweave.diagnose.probes.speed import measure_speed, median_interval
 from neuroweave.diagnose.subject import at_rest
 
 
@@ -28,7 +31,8 @@ def without_time(comparison):
 @pytest.fixture(params=[1 << 19, 300])
 def chunk_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole window at once, and two positions at a time."""
-    monkeypatch.setattr(measure, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(prediction, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * request.param)
 
 
 @pytest.mark.usefixtures("chunk_elements")
@@ -38,7 +42,7 @@ def test_numbers_match_a_naive_twin() -> None:
     documents = [*texts(5, words=33), *texts(3, words=7, seed=4)]
     comparison = compare(subject("base", base), [subject("other", other)], documents, plan=WITHOUT_SPEED)
     sample = draw_sample(documents, tiny_tokenizer(), tokens=400, window=32, passage=10_000)
-    nll, nll_other, kl, cosine, agree, sure, hidden = ([] for _ in range(7))
+    nll, nll_other, kl, cosine, agree, sure, hidden, right, unsure, moved, shared = ([] for _ in range(11))
     for window in sample.windows:
         ids = torch.tensor([window.token_ids])
         with torch.no_grad():
@@ -52,11 +56,15 @@ def test_numbers_match_a_naive_twin() -> None:
         cosine.extend((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))
         agree.extend(a.argmax(-1) == b.argmax(-1))
         sure.extend(np.exp(q.max(-1)))
+        right.extend(q.argmax(-1) == targets)
+        unsure.extend(-(np.exp(q) * q).sum(-1))
+        moved.extend((np.exp(q.max(-1)) - np.exp(p.max(-1))) ** 2)
+        shared.extend(len({*x} & {*y}) / 5 for x, y in zip(a.argsort(-1)[:, -5:], b.argsort(-1)[:, -5:], strict=True))
         states = [(x[0, :-1].double(), y[0, :-1].double()) for x, y in zip(out[-1], changed_out[-1], strict=True)]
         hidden.extend(np.stack([torch.cosine_similarity(x, y) for x, y in states], axis=1))
     model, difference = comparison.others[0].model, comparison.others[0].difference
     close = {"rel": 1e-6}
-    assert comparison.text.predictions == len(kl) == sum(comparison.base.confidence_counts)
+    assert comparison.text.predictions == len(kl) == sum(part.predictions for part in comparison.base.calibration)
     assert comparison.base.perplexity.value == pytest.approx(math.exp(np.mean(nll)), **close)
     assert model.perplexity.value == pytest.approx(math.exp(np.mean(nll_other)), **close)
     assert difference.perplexity_ratio.value == pytest.approx(math.exp(np.mean(nll_other) - np.mean(nll)), **close)
@@ -64,6 +72,10 @@ def test_numbers_match_a_naive_twin() -> None:
     assert difference.logit_cosine.value == pytest.approx(np.mean(cosine), **close)
     assert difference.top1_agreement.value == pytest.approx(np.mean(agree), **close)
     assert model.confidence.value == pytest.approx(np.mean(sure), **close)
+    assert model.accuracy.value == pytest.approx(np.mean(right), **close)
+    assert model.entropy.value == pytest.approx(np.mean(unsure), **close)
+    assert difference.confidence_squared.value == pytest.approx(np.mean(moved), **close)
+    assert difference.top5_agreement.value == pytest.approx(np.mean(shared), **close)
     np.testing.assert_allclose([e.value for e in difference.hidden_cosine], np.mean(hidden, axis=0), rtol=1e-6)
     histogram = difference.kl_histogram
     wanted, _ = np.histogram(kl, bins=histogram.edges)
@@ -96,12 +108,23 @@ def test_a_model_against_itself_gives_exactly_nothing() -> None:
     model = tiny_model()
     comparison = compare(subject("base", model), [subject("again", model)], texts(), plan=WITHOUT_SPEED)
     difference = comparison.others[0].difference
-    for estimate in (difference.perplexity_ratio, difference.logit_cosine, difference.top1_agreement):
-        assert (estimate.value, estimate.low, estimate.high) == (1, 1, 1)
-    for estimate in (difference.kl, difference.negative_log_likelihood, difference.confidence):
-        assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
-    assert len(difference.hidden_cosine) == 4
-    assert all((e.value, e.low, e.high) == (1, 1, 1) for e in difference.hidden_cosine)
+    assert difference.signal is not None
+    assert difference.gradient is not None
+    assert len(difference.hidden_cosine) == len(difference.hidden_cka) == len(difference.signal.input_ratio) == 4
+    ones = [
+        difference.perplexity_ratio, difference.logit_cosine, difference.top1_agreement, difference.top5_agreement,
+        *difference.hidden_cosine, *difference.hidden_cka, *difference.signal.input_ratio, difference.gradient.total,
+        *(ratio for family in difference.gradient.families for ratio in family.ratio),
+    ]  # fmt: skip
+    zeros = [
+        difference.kl, difference.negative_log_likelihood, difference.confidence, difference.confidence_squared,
+        difference.entropy, difference.accuracy, difference.calibration_error, *difference.signal.zero,
+        *difference.signal.near_zero,
+    ]  # fmt: skip
+    assert {(each.value, each.low, each.high) for each in ones} == {(1, 1, 1)}
+    assert {(each.value, each.low, each.high) for each in zeros} == {(0, 0, 0)}
+    assert difference.weights is not None
+    assert difference.weights.equal_bytes == difference.weights.parameters
     assert difference.kl_histogram.below == comparison.text.predictions
     assert all(part.mean == 0 for part in difference.kl_by_position)
     assert difference.changed_settings == {}
@@ -125,7 +148,7 @@ def test_measuring_leaves_no_trace(broken: bool) -> None:
     if broken:
         other.lm_head.weight.data.fill_(torch.nan)
         with pytest.raises(ValueError, match="not numbers"):
-            compare(subject("base", model), [subject("other", other)], texts(), plan=WITHOUT_SPEED)
+            compare(subject("other", other), [subject("base", model)], texts(), plan=WITHOUT_SPEED)
     else:
         compare(subject("base", model), [subject("other", other)], texts(), plan=QUICK)
     assert [dict(module._forward_hooks) for module in model.modules()] == hooks
@@ -141,56 +164,93 @@ def test_the_base_reads_each_window_once() -> None:
     base, reads = tiny_model(), []
     others = [subject(f"other {n}", changed(base, 0.1 * n)) for n in (1, 2, 3)]
     base.register_forward_hook(lambda *_: reads.append(1))
-    plan = WITHOUT_SPEED.model_copy(update={"prompts": ()})
+    plan = WITHOUT_SPEED.model_copy(update={"prompts": (), "gradient": None})
     comparison = compare(subject("base", base), others, texts(), plan=plan)
-    assert len(reads) == comparison.text.windows
+    assert len(reads) == 1 + comparison.text.windows  # one to find its head
     assert len({other.difference.kl.value for other in comparison.others}) == 3
 
 
-def test_one_after_the_other_gives_the_same_numbers_and_lets_models_go() -> None:
+def test_one_by_one_gives_the_same_numbers_and_lets_models_go(tmp_path: Path) -> None:
     base = tiny_model()
+    plan = WITHOUT_SPEED.model_copy(update={"weights": False})
     alive: list[weakref.ref] = []
 
-    def models() -> Iterator[Subject]:
-        for n in (1, 2, 3):
-            gc.collect()
-            assert not any(model() for model in alive), "a measured model is still held"
-            yield made(n)
-
-    def made(n: int) -> Subject:
-        other = subject(f"other {n}", changed(base, 0.1 * n))
+    def load(n: int) -> Subject:
+        gc.collect()
+        assert not any(model() for model in alive), "a measured model is still held"
+        other = made(n)
         alive.append(weakref.ref(other.model))
         return other
 
-    apart = compare(subject("base", base), models(), texts(), plan=WITHOUT_SPEED, together=False)
-    together = compare(subject("base", base), [made(n) for n in (1, 2, 3)], texts(), plan=WITHOUT_SPEED)
+    def made(n: int) -> Subject:
+        return subject(f"model {n}", changed(base, 0.1 * n))
+
+    apart = compare_one_by_one(
+        [functools.partial(load, n) for n in range(4)], texts(), plan=plan, ledger=Ledger(tmp_path)
+    )
+    together = compare(made(0), [made(n) for n in (1, 2, 3)], texts(), plan=plan)
+    assert len(alive) == 4
     assert without_time(apart) == without_time(together)
     assert len(apart.generated[0].continuations) == 4
 
 
+class Interrupted(BaseException):
+    """Ctrl-C at a chosen window."""
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read twice but the windows since the last note, and every number is that of a run in one go."""
+    base, other = tiny_model(), changed(tiny_model(), 0.2)
+    reads: list[int] = []
+    read = prediction.LiveReader.read
+
+    def counted(self, window, number):
+        reads.append(number)
+        if len(reads) == 9:
+            raise Interrupted
+        return read(self, window, number)
+
+    def run(ledger: Ledger):
+        return compare(subject("base", base), [subject("other", other)], texts(), plan=WITHOUT_SPEED, ledger=ledger)
+
+    monkeypatch.setattr(experiment, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(prediction.LiveReader, "read", counted)
+    with pytest.raises(Interrupted):
+        run(Ledger(tmp_path))
+    interrupted = run(Ledger(tmp_path))
+    assert sorted(reads)[: 2 * 5] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4][: 2 * 5]
+    again = run(Ledger(tmp_path))
+    assert without_time(interrupted) == without_time(again) == without_time(run(Ledger()))
+    finished = [n for n in reads if n == 0]
+    assert len(finished) == 4  # the run in one go, and the first; the others took the pass over
+
+
 def test_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a model runs, at most the base's tensors are in memory; after a window nothing that the models gave is."""
+    """When a model runs, only the models before it have tensors in memory; after a window nothing that they gave is."""
     given: list[tuple[weakref.ref, ...]] = []
     before: list[int] = []
     after: list[int] = []
-    forward = measure.forward
+    read = prediction.LiveReader.read
 
     def living() -> int:
         gc.collect()
         return sum(any(tensor() is not None for tensor in tensors) for tensors in given)
 
-    def watched(*arguments):
+    def watched(self, window, number):
         before.append(living())
-        logits, states = forward(*arguments)
-        given.append(tuple(map(weakref.ref, (logits, *states))))
-        return logits, states
+        seen = read(self, window, number)
+        given.append(tuple(map(weakref.ref, seen.states)))
+        return seen
 
-    monkeypatch.setattr(measure, "forward", watched)
-    base, *others = (subject(f"model {n}", changed(tiny_model(), 0.1 * n)) for n in (0, 1, 2))
+    monkeypatch.setattr(prediction.LiveReader, "read", watched)
+    subjects = [subject(f"model {n}", changed(tiny_model(), 0.1 * n)) for n in (0, 1, 2)]
     sample = draw_sample(texts(), tiny_tokenizer(), tokens=100, window=32, passage=10_000)
-    with at_rest(base.model), at_rest(others[0].model), at_rest(others[1].model):
-        measure.measure_windows(base, others, sample, after_window=lambda: after.append(living()))
-    assert before == [0, 1, 1] * len(sample.windows)
+    with at_rest(subjects[0].model), at_rest(subjects[1].model), at_rest(subjects[2].model):
+        base, *others = (prediction.LiveReader(each, sample) for each in subjects)
+        tallies = prediction.Tallies.empty(sample, 2)
+        windows = list(enumerate(sample.windows))
+        after.extend(living() for _ in prediction.measure_windows(base, others, windows, tallies))
+    assert before == [0, 1, 2] * len(sample.windows)
     assert after == [0] * len(sample.windows)
 
 
@@ -217,12 +277,18 @@ def test_few_units_and_short_text_are_noted() -> None:
     assert any("only 3 units" in note for note in few.notes)
 
 
-def test_broken_logits_name_the_layer() -> None:
+def test_broken_logits_name_the_layer_and_the_rest_stands() -> None:
     other = tiny_model()
     other.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"bad gives logits that are not numbers \(window 0, position 0 of it\); the "
-                       r"first hidden state that is not finite is the output of layer 1"):  # fmt: skip
-        compare(subject("base", tiny_model()), [subject("bad", other)], texts(), plan=WITHOUT_SPEED)
+    models = [subject("bad", other), subject("good", changed(tiny_model(), 0.1))]
+    comparison = compare(subject("base", tiny_model()), models, texts(), plan=QUICK)
+    assert [found.model.name for found in comparison.others] == ["good"]
+    assert [(failure.model, failure.part) for failure in comparison.failures] == [("bad", "prediction")]
+    assert comparison.failures[0].message == (
+        "bad gives logits that are not numbers (window 0, position 0 of it); the first hidden state that is not "
+        "finite is the output of layer 1"
+    )
+    assert comparison.others[0].difference.decode_ratio is not None
     head = tiny_model()
     head.lm_head.weight.data[5, 5] = torch.inf
     with pytest.raises(ValueError, match=r"base gives logits.*finite, so it is the output projection"):

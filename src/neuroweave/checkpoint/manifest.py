@@ -80,3 +80,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         if not isinstance(content.get(key), dict):
             raise ValueError(f"{path}: the manifest has no {key}")
     return content
+
+
+def stamp(path: Path) -> list[int]:
+    """What changes when a file is written to: size, time in nanoseconds, and its number on the disk."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ino]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from neuroweave import __version__
+from neuroweave.checkpoint.manifest import stamp
 from neuroweave.cli.console import json_option, note, overwrite_option, print_json, print_table
 
 if TYPE_CHECKING:
     from neuroweave.diagnose import Comparison, Plan, Subject
+    from neuroweave.diagnose.ledger import Ledger
+    from neuroweave.text import Document
 
 MEMORY_SHARE = 0.7  # of the memory that is free, for weights; the rest is for what they compute
 
@@ -21,7 +28,8 @@ MEMORY_SHARE = 0.7  # of the memory that is free, for weights; the rest is for w
     help="""Measure what a change did to a model; write a report.
 
     BASE and each OTHER are checkpoint folders or hub ids. All models read the same tokens; every difference comes with
-    a 95 % interval over passages of text. DIR gets comparison.json and report.html (one file, opens offline)."""
+    a 95 % interval over passages of text. DIR gets comparison.json, report.html (one file, opens offline) and the
+    figures. A run that was stopped is taken up again by the same command."""
 )
 @click.argument("base")
 @click.argument("others", metavar="OTHER [MORE ...]", nargs=-1, required=True)
@@ -29,75 +37,153 @@ MEMORY_SHARE = 0.7  # of the memory that is free, for weights; the rest is for w
 @click.option(
     "--data",
     multiple=True,
-    metavar="TEXT",
+    metavar="FILE|FOLDER",
     type=click.Path(path_type=Path),
     help="A text file or a folder of them; may be repeated. Default: the shipped evaluation text.",
 )
 @click.option("--tokens", type=int, help="Tokens of text to measure on, at most.  [default: 8192]")
 @click.option("--window", type=int, help="Tokens per forward pass.  [default: 512]")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--no-signal", is_flag=True, help="Leave out norms and sparsity by layer.")
+@click.option("--no-gradients", is_flag=True, help="Leave out gradients.")
+@click.option("--no-sampling", is_flag=True, help="Leave out sampled continuations; greedy ones stay.")
+@click.option("--no-weights", is_flag=True, help="Leave out the comparison of weights.")
 @click.option("--no-speed", is_flag=True, help="Do not measure tokens per second.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="TASK",
+    help="A benchmark: a shipped one (neuroweave_continuation), one of lm-evaluation-harness, or a task file. May be "
+    'repeated. Needs pip install "neuroweave[eval]".',
+)
+@click.option("--limit", type=int, metavar="N", help="Questions per benchmark, at most.")
 @click.option(
     "--prompts",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help="Texts to be continued by every model, one a line. Default: three that are built in.",
 )
+@click.option("--card", is_flag=True, help="Write a model card for each changed model into DIR.")
+@click.option("--one-by-one", is_flag=True, help="Keep one model in memory at a time, also where more would fit.")
 @json_option
 @overwrite_option
 def command(
-    base: str,
-    others: Sequence[str],
-    out: Path,
-    data: Sequence[Path],
-    tokens: int | None,
-    window: int | None,
-    dtype: str,
-    no_speed: bool,
-    prompts: Path | None,
-    as_json: bool,
-    overwrite: bool,
-) -> None:
-    from neuroweave.checkpoint.staging import staged_folder
-    from neuroweave.diagnose import compare, require_report_extra, write_report
+    base: str, others: Sequence[str], out: Path, data: Sequence[Path], dtype: str, card: bool, one_by_one: bool,
+    as_json: bool, overwrite: bool, **measured: Any,
+) -> None:  # fmt: skip
+    from neuroweave.diagnose import require_report_extra
     from neuroweave.text import documents, read_documents
 
     require_report_extra()
-    plan = make_plan(tokens, window, no_speed, prompts)
+    plan = make_plan(**measured)
     texts = read_documents(data) if data else documents("evaluation")
-    names = name_models([base, *others])
-    local = [source for source in (base, *others) if Path(source).is_dir()]
-    with staged_folder(out, overwrite=overwrite, sources=local) as folder:
-        together = fits_in_memory([base, *others], dtype)
-        if not together:
-            note("the models do not fit in memory together: they are measured one after the other")
-        subject = load_subject(base, names[0], dtype)
-        more = load_subjects(others, names[1:], dtype)
-        comparison = compare(subject, more, texts, plan=plan, together=together)
-        comparison.write(folder / "comparison.json")
-        write_report(comparison, folder / "report.html")
+    sources = [base, *others]
+    together = not one_by_one and fits_in_memory(sources, dtype)
+    job = Job(sources, name_models(sources), dtype, plan, texts, together)
+    comparison = job.write(out, card=card, overwrite=overwrite)
     if as_json:
         print_json(json.loads(comparison.model_dump_json()))
     else:
         print_summary(comparison)
-        note(f"wrote {out / 'report.html'} and comparison.json")
+        note(f"wrote {out / 'report.html'}, comparison.json and figures")
+    if comparison.failures:
+        raise SystemExit(1)
 
 
-def make_plan(tokens: int | None, window: int | None, no_speed: bool, prompts: Path | None) -> Plan:
+@dataclass(frozen=True)
+class Job:
+    """One comparison of models from folders or a hub."""
+
+    sources: Sequence[str]
+    names: Sequence[str]
+    dtype: str
+    plan: Plan
+    texts: Sequence[Document]
+    together: bool
+
+    def write(self, out: Path, *, card: bool, overwrite: bool) -> Comparison:
+        from neuroweave.checkpoint.staging import staged_folder
+        from neuroweave.diagnose.ledger import Ledger
+
+        local = [source for source in self.sources if Path(source).is_dir()]
+        with staged_folder(out, overwrite=overwrite, sources=local, resume=self.key()) as folder:
+            ledger = Ledger(folder)
+            if any(ledger.folder.iterdir()) if ledger.folder else False:
+                note("going on with what an interrupted run has measured")
+            comparison = self.measure(ledger)
+            write_outputs(comparison, folder, card=card)
+            ledger.remove()
+        return comparison
+
+    def measure(self, ledger: Ledger) -> Comparison:
+        from neuroweave.diagnose import compare
+        from neuroweave.diagnose.experiment import compare_one_by_one
+
+        loaders = [
+            functools.partial(load_subject, source, name, self.dtype)
+            for source, name in zip(self.sources, self.names, strict=True)
+        ]
+        if self.together:
+            base, *others = (load() for load in loaders)
+            return compare(base, others, self.texts, plan=self.plan, ledger=ledger)
+        note("the models are loaded and measured one after the other")
+        return compare_one_by_one(loaders, self.texts, plan=self.plan, ledger=ledger)
+
+    def key(self) -> str:
+        """Sixteen digits that change with everything that the measurement depends on."""
+        files = [
+            [str(path), stamp(path)]
+            for source in self.sources
+            for path in sorted(Path(source).glob("*"))
+            if path.is_file()
+        ]
+        text = hashlib.sha256("\0".join(document.text for document in self.texts).encode()).hexdigest()
+        state = [__version__, list(self.sources), self.dtype, self.plan.model_dump(), files, text, self.together]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+def write_outputs(comparison: Comparison, folder: Path, *, card: bool) -> None:
+    """comparison.json, report.html, figures/ and, if asked for, a card for each changed model."""
+    from neuroweave.diagnose import write_report
+    from neuroweave.diagnose.report.card import write_card
+    from neuroweave.diagnose.report.page import save_figures
+
+    comparison.write(folder / "comparison.json")
+    write_report(comparison, folder / "report.html", stored=True)
+    (folder / "figures").mkdir(exist_ok=True)
+    save_figures(comparison, folder / "figures")
+    for number, other in enumerate(comparison.others if card else [], start=1):
+        name = "README.md" if len(comparison.others) == 1 else f"README-{number}.md"
+        write_card(comparison, other, folder / name)
+
+
+def make_plan(
+    *, tokens: int | None, window: int | None, prompts: Path | None, tasks: Sequence[str], limit: int | None,
+    no_signal: bool, no_gradients: bool, no_sampling: bool, no_weights: bool, no_speed: bool,
+) -> Plan:  # fmt: skip
     """The plan with what was given on the command line. Raises ValueError for what it does not allow."""
     from pydantic import ValidationError
 
     from neuroweave.diagnose import Plan
 
-    given = {"tokens": tokens, "window": window, "prompts": None if prompts is None else read_prompts(prompts)}
-    settings: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-    if no_speed:
-        settings["speed"] = None
+    given: dict[str, Any] = {
+        "tokens": tokens, "window": window, "prompts": None if prompts is None else read_prompts(prompts),
+    }  # fmt: skip
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    without = {"gradient": no_gradients, "sampling": no_sampling, "speed": no_speed}
+    settings |= {name: None for name, left_out in without.items() if left_out}
+    settings |= {name: False for name, left_out in (("signal", no_signal), ("weights", no_weights)) if left_out}
+    if tasks:
+        settings["tasks"] = {"names": tuple(tasks), "limit": limit}
+    elif limit is not None:
+        raise ValueError("--limit says how many questions of a benchmark to ask; name one with --tasks")
     try:
         return Plan.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(map(str, first["loc"]))
+        option = str(first["loc"][-1])
         raise ValueError(f"--{option} {first['input']}: {first['msg'].lower()}") from error
 
 
@@ -138,11 +224,6 @@ def load_subject(source: str, name: str, dtype: str) -> Subject:
     return Subject(name, model, tokenizer, source)
 
 
-def load_subjects(sources: Sequence[str], names: Sequence[str], dtype: str) -> Iterator[Subject]:
-    for source, name in zip(sources, names, strict=True):
-        yield load_subject(source, name, dtype)
-
-
 def fits_in_memory(sources: Sequence[str], dtype: str) -> bool:
     """Whether the weights of all local folders fit in the free memory at once; unknown sizes count as fitting."""
     import torch
@@ -162,7 +243,12 @@ def fits_in_memory(sources: Sequence[str], dtype: str) -> bool:
 
 def print_summary(comparison: Comparison) -> None:
     """The table of all models, then the verdict on each."""
-    from neuroweave.diagnose import verdict
+    from neuroweave.diagnose.report import verdict
+
+    for failure in comparison.failures:
+        note(f"{failure.model}: {failure.part} could not be measured: {failure.message}")
+    if not comparison.others:
+        return
 
     print_table(*verdict.summary(comparison))
     for other in comparison.others:

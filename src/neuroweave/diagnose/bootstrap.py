@@ -6,15 +6,17 @@ what makes the interval paired), and equal models differ by exactly 0 in every d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt
 
-from neuroweave.diagnose.comparison import Estimate
+from neuroweave.diagnose.results.records import Estimate
 
 FEWEST_UNITS = 10  # below this, percentile intervals are known to come out too narrow; the report says so
 ROWS_AT_ONCE = 64
+Statistic = Callable[..., np.ndarray]
 
 
 class Bootstrap:
@@ -27,17 +29,18 @@ class Bootstrap:
         draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
         self._times_drawn: UInt[np.ndarray, "resamples units"] = draws.astype(np.uint32)
 
+    def totals(self, sums: Float[np.ndarray, "units columns"]) -> Float[np.ndarray, "resamples columns"]:
+        """The drawn units' sums, added up in every draw."""
+        starts = range(0, len(self._times_drawn), ROWS_AT_ONCE)
+        drawn = (self._times_drawn[start : start + ROWS_AT_ONCE].astype(np.float64) @ sums for start in starts)
+        return np.concatenate(list(drawn))
+
     def means(self, sums: Float[np.ndarray, "units columns"], counts: Any) -> Float[np.ndarray, "resamples columns"]:
         """The mean per token in every draw: the drawn units' sums over their counts.
 
         `sums`: a statistic summed over the tokens of each unit; `counts` [units]: its tokens.
         """
-        counts = np.asarray(counts, dtype=np.float64)
-        rows = []
-        for start in range(0, len(self._times_drawn), ROWS_AT_ONCE):
-            weights = self._times_drawn[start : start + ROWS_AT_ONCE].astype(np.float64)
-            rows.append((weights @ sums) / (weights @ counts)[:, None])
-        return np.concatenate(rows)
+        return self.totals(sums) / self.totals(np.asarray(counts, dtype=np.float64)[:, None])
 
     def estimate(self, sums: Float[np.ndarray, " units"], counts: Any, *, exponential: bool = False) -> Estimate:
         """The mean per token over all units with its 95 % percentile interval; `exponential`: exp of the mean.
@@ -51,14 +54,27 @@ class Bootstrap:
     ) -> list[Estimate]:
         """`estimate` for every column at once."""
         transform = np.exp if exponential else np.asarray
-        with np.errstate(over="ignore"):
-            values = transform(sums.sum(0) / np.sum(counts))
-            if self.units < 2 or not np.isfinite(sums).all():
+        divisor = np.asarray(counts, dtype=np.float64)[:, None]
+        return self.statistic(lambda total, count: transform(total / count), sums, divisor)
+
+    def statistic(self, function: Statistic, *sums: Float[np.ndarray, "units _"]) -> list[Estimate]:
+        """Any function of sums over units: `function(*totals)`, each [draws, columns], gives [draws, results].
+
+        The value is that of all units once, the interval that of the draws. Where a draw gives NaN (0 / 0: a draw with
+        nothing to count), it is left out; a result whose own value is NaN is given as NaN, without an interval.
+        """
+        with np.errstate(all="ignore"):
+            values = function(*(part.sum(0, keepdims=True) for part in sums))[0]
+            if self.units < 2 or not all(np.isfinite(part).all() for part in sums):
                 return [Estimate(value=float(value)) for value in values]
-            lows, highs = np.percentile(transform(self.means(sums, counts)), [2.5, 97.5], axis=0)
-        # An interval of a percentile kind can miss the estimate itself by a rounding; never let it.
-        lows, highs = np.minimum(lows, values), np.maximum(highs, values)
-        return [
-            Estimate(value=float(value), low=float(low), high=float(high))
-            for value, low, high in zip(values, lows, highs, strict=True)
-        ]
+            drawn = function(*(self.totals(part) for part in sums))
+        return [with_interval(float(value), draws) for value, draws in zip(values, drawn.T, strict=True)]
+
+
+def with_interval(value: float, draws: Float[np.ndarray, " draws"]) -> Estimate:
+    """The estimate with the middle 95 % of its draws, never missing the value itself (a rounding away, it can)."""
+    draws = draws[~np.isnan(draws)]
+    if np.isnan(value) or not draws.size:
+        return Estimate(value=value)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))

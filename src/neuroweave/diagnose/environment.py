@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from neuroweave.diagnose.comparison import Environment
+from neuroweave.diagnose.results.comparison import Environment
 
 PACKAGES = ("neuroweave", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import nn
 from tqdm import tqdm
 
-from neuroweave.diagnose.bootstrap import FEWEST_UNITS, Bootstrap
-from neuroweave.diagnose.comparison import (
-    Comparison,
-    Difference,
-    Generated,
-    Histogram,
-    Measured,
-    Other,
-    Plan,
-    PositionBin,
-    Speed,
-    TextUsed,
-)
+from neuroweave.diagnose.assembly import Findings, describe_limits, describe_model, describe_other, describe_text
+from neuroweave.diagnose.bootstrap import Bootstrap
 from neuroweave.diagnose.environment import describe_environment
-from neuroweave.diagnose.generation import check_prompts, continue_prompts
-from neuroweave.diagnose.measure import KL_EDGES, PairTally, Tallies, Tally, measure_windows
+from neuroweave.diagnose.ledger import Ledger
 from neuroweave.diagnose.passages import Document, Sample, draw_sample
-from neuroweave.diagnose.speed import measure_speed, speed_ratio
-from neuroweave.diagnose.subject import Subject, at_rest, changed_settings, check_comparable
+from neuroweave.diagnose.probes.generation import Written, check_prompts, join_written, write_all
+from neuroweave.diagnose.probes.gradient import GradientTally, measure_gradients
+from neuroweave.diagnose.probes.prediction import LiveReader, Reader, Tallies, measure_windows
+from neuroweave.diagnose.probes.signal import SignalTally
+from neuroweave.diagnose.probes.speed import measure_speed
+from neuroweave.diagnose.probes.stored import StoredReader, store
+from neuroweave.diagnose.probes.tallies import Places
+from neuroweave.diagnose.probes.tasks import TaskRun, run_tasks
+from neuroweave.diagnose.probes.weights import compare_weights, is_checkpoint
+from neuroweave.diagnose.results.comparison import Comparison, Failure, Speed
+from neuroweave.diagnose.results.plan import Plan
+from neuroweave.diagnose.results.weights import Weights
+from neuroweave.diagnose.subject import Profile, Subject, at_rest, check_comparable
 
-POSITION_BINS = 32
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one run over the text gave, for the base and the others that were in memory with it."""
-
-    base: Measured
-    others: list[Other]
-    generated: list[Generated]
+KEEP_SECONDS = 15.0  # between two notes of how far the pass over the text is
+MISTAKES = (ValueError, RuntimeError, MemoryError, NotImplementedError)  # of a model, not of this program
 
 
 def compare(
@@ -48,191 +42,292 @@ def compare(
     documents: Iterable[Document],
     *,
     plan: Plan | None = None,
-    together: bool = True,
+    ledger: Ledger | None = None,
 ) -> Comparison:
-    """Measure `others` against `base` on the same tokens of `documents`; the models' logits stay as they were.
+    """Measure `others` against `base`, all in memory, on the same tokens of `documents`; the models stay as they were.
 
-    `together`: the others are all in memory and share one pass, so that the base reads each window once. Otherwise
-    they are taken from `others` one by one, each let go before the next is asked for, and the base runs once for each.
-    Raises ValueError on models that cannot be compared, text that cannot be measured, and logits that are not numbers.
+    What one model cannot do (logits that are not numbers, no gradients) is entered in `failures`; the rest stands.
+    `ledger`: takes up what an interrupted run of the same comparison has measured.
+    Raises ValueError on models that cannot be compared, text that cannot be measured, and a base whose logits are not
+    numbers.
     """
-    plan = plan or Plan()
-    check_prompts(plan.prompts)
-    sample = draw_sample(documents, base.tokenizer, tokens=plan.tokens, window=plan.window, passage=plan.passage)
-    bootstrap = Bootstrap(len(sample.passages), resamples=plan.resamples, seed=plan.seed)
-    names = {base.name}
-    passes = []
-    for group in grouped(others, together):
-        for position in range(len(group)):  # no loop variable may hold on to a model
-            if group[position].name in names:
-                raise ValueError(f"two models are called {group[position].name!r}; give each its own name")
-            names.add(group[position].name)
-            check_comparable(base, group[position], sample, plan.window)
-        passes.append(run_pass(base, group, sample, plan, bootstrap))
-        group.clear()
-    if len(names) == 1:
-        raise ValueError("there is nothing to compare with the base; name at least one other model")
-    return Comparison(
-        plan=plan,
-        text=describe_text(sample, plan),
-        base=passes[0].base,
-        others=[other for done in passes for other in done.others],
-        generated=merge_generated([done.generated for done in passes]),
-        environment=describe_environment(),
-        notes=describe_limits(sample, plan, passes),
-    )
-
-
-def grouped(others: Iterable[Subject], together: bool) -> Iterator[list[Subject]]:
-    """All in one list, or one by one in lists that the caller empties: a model is free before the next comes."""
-    if together:
-        yield list(others)
-        return
-    remaining = iter(others)
-    while group := list(itertools.islice(remaining, 1)):
-        yield group
-
-
-def run_pass(base: Subject, others: Sequence[Subject], sample: Sample, plan: Plan, bootstrap: Bootstrap) -> Pass:
-    """Everything about the models that are in memory at once."""
     subjects = [base, *others]
+    if len(subjects) == 1:
+        raise ValueError("there is nothing to compare with the base; name at least one other model")
+    plan = plan or Plan()
+    experiment = Experiment(base, documents, plan, ledger or Ledger())
+    for other in subjects[1:]:
+        experiment.admit(other)
     with ExitStack() as stack:
         for subject in subjects:
             stack.enter_context(at_rest(subject.model))
-        with tqdm(total=len(sample.windows), desc="measuring", unit="window", disable=None) as bar:
-            tallies = measure_windows(base, others, sample, after_window=bar.update)
-        with tqdm(total=len(subjects) * len(plan.prompts), desc="writing", unit="text", disable=None) as bar:
-            generated = continue_prompts(subjects, plan.prompts, plan.new_tokens, after_prompt=bar.update)
-        speeds: Sequence[Speed | None] = [None] * len(subjects)
-        if plan.speed:
-            runs = len(subjects) * (plan.speed.warmups + plan.speed.repeats)
-            with tqdm(total=runs, desc="timing", unit="run", disable=None) as bar:
-                prompt = max(sample.windows, key=lambda window: window.predictions).token_ids
-                speeds = measure_speed(subjects, prompt, plan.speed, after_run=bar.update)
-    measured_base = describe_model(base, tallies.base, tallies.counts, bootstrap, speeds[0])
-    found = [
-        Other(
-            model=describe_model(other, tally, tallies.counts, bootstrap, speed),
-            difference=describe_difference(base, other, number, tallies, bootstrap, (speeds[0], speed)),
+        experiment.predict_all(subjects)
+        experiment.write_and_time(subjects)
+    for subject in subjects:
+        experiment.measure_alone(subject)
+    for other in subjects[1:]:
+        experiment.weigh(base, other)
+    return experiment.result(in_turns=True)
+
+
+def compare_one_by_one(
+    loaders: Sequence[Callable[[], Subject]], documents: Iterable[Document], *, plan: Plan | None = None, ledger: Ledger
+) -> Comparison:
+    """`compare` for models that do not fit in memory together: each is loaded, measured and let go, the base first.
+
+    Every number is the same but speeds, which come from different times. The base's hidden states are kept in the
+    ledger's folder meanwhile. Weights are compared where all models came from folders.
+    """
+    if len(loaders) < 2:
+        raise ValueError("there is nothing to compare with the base; name at least one other model")
+    plan = plan or Plan()
+    experiment: Experiment | None = None
+    reference: StoredReader | None = None
+    for number, load in enumerate(loaders):
+        subject = load()
+        if experiment is None:
+            experiment = Experiment(subject, documents, plan, ledger)
+        else:
+            experiment.admit(subject)
+        with at_rest(subject.model):
+            if reference is None:
+                reference = experiment.store(subject)
+            else:
+                experiment.predict_one(reference, subject, number)
+            experiment.write_and_time([subject])
+        experiment.measure_alone(subject)
+        del subject
+        gc.collect()
+    assert experiment is not None
+    experiment.weigh_files()
+    return experiment.result(in_turns=False)
+
+
+class Experiment:
+    """One comparison under way: what is known of each model, in the order in which they came."""
+
+    def __init__(self, base: Subject, documents: Iterable[Document], plan: Plan, ledger: Ledger) -> None:
+        check_prompts(plan.prompts)
+        self.plan, self.ledger = plan, ledger
+        self.sample: Sample = draw_sample(
+            documents, base.tokenizer, tokens=plan.tokens, window=plan.window, passage=plan.passage
         )
-        for number, (other, tally, speed) in enumerate(zip(others, tallies.others, speeds[1:], strict=True))
-    ]
-    return Pass(measured_base, found, generated)
+        self.units = len(self.sample.passages)
+        self.places: Places | None = None
+        self.found: dict[str, Findings] = {}
+        self.failures: list[Failure] = []
+        self.base = self.admit(base)
 
+    def admit(self, subject: Subject) -> Findings:
+        """Enter a model. Raises ValueError when it cannot be compared with the base."""
+        profile = Profile.of(subject)
+        if profile.name in self.found:
+            raise ValueError(f"two models are called {profile.name!r}; give each its own name")
+        first = next(iter(self.found.values())).profile if self.found else profile
+        check_comparable(first, profile, self.sample, self.plan.window)
+        self.found[profile.name] = Findings(profile)
+        return self.found[profile.name]
 
-def describe_model(
-    subject: Subject, tally: Tally, counts: np.ndarray, bootstrap: Bootstrap, speed: Speed | None
-) -> Measured:
-    return Measured(
-        name=subject.name,
-        source=subject.source,
-        architecture=type(subject.model).__name__,
-        parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
-        dtype=subject.dtype,
-        device=str(subject.device),
-        recipe=subject.recipe,
-        negative_log_likelihood=bootstrap.estimate(tally.negative_log_likelihood, counts),
-        perplexity=bootstrap.estimate(tally.negative_log_likelihood, counts, exponential=True),
-        confidence=bootstrap.estimate(tally.confidence, counts),
-        confidence_counts=tally.confidence_counts.tolist(),
-        speed=speed,
-    )
+    def attempt(self, name: str, part: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, or None with the failure noted."""
+        try:
+            return measure()
+        except MISTAKES as error:
+            self.failures.append(Failure(model=name, part=part, message=str(error) or type(error).__name__))
+            return None
 
+    # Predictions and signal: one pass over the text
 
-def describe_difference(
-    base: Subject,
-    other: Subject,
-    number: int,
-    tallies: Tallies,
-    bootstrap: Bootstrap,
-    speeds: tuple[Speed | None, Speed | None],
-) -> Difference:
-    """Of the `number`-th other model. Differences are taken per unit before the draws: that is what pairs them."""
-    counts, tally, pair = tallies.counts, tallies.others[number], tallies.pairs[number]
-    likelihood = subtract(tally.negative_log_likelihood, tallies.base.negative_log_likelihood)
-    ours, theirs = speeds
-    return Difference(
-        perplexity_ratio=bootstrap.estimate(likelihood, counts, exponential=True),
-        negative_log_likelihood=bootstrap.estimate(likelihood, counts),
-        confidence=bootstrap.estimate(tally.confidence - tallies.base.confidence, counts),
-        kl=bootstrap.estimate(pair.kl, counts),
-        logit_cosine=bootstrap.estimate(pair.logit_cosine, counts),
-        top1_agreement=bootstrap.estimate(pair.agreement, counts),
-        hidden_cosine=bootstrap.estimates(pair.hidden_cosine, counts),
-        kl_histogram=Histogram(
-            edges=KL_EDGES.tolist(),
-            counts=pair.kl_counts[1:-1].tolist(),
-            below=int(pair.kl_counts[0]),
-            above=int(pair.kl_counts[-1]),
-        ),
-        kl_by_position=position_bins(pair, tallies.counts_at),
-        prefill_ratio=speed_ratio(ours.prefill, theirs.prefill) if ours and theirs else None,
-        decode_ratio=speed_ratio(ours.decode, theirs.decode) if ours and theirs else None,
-        changed_settings=changed_settings(base, other),
-    )
+    def reader(self, subject: Subject) -> LiveReader:
+        if self.plan.signal:
+            self.found[subject.name].signal = SignalTally(subject.model, units=self.units)
+        return LiveReader(subject, self.sample, self.found[subject.name].signal)
 
+    def predict_all(self, subjects: Sequence[Subject]) -> None:
+        readers = [self.reader(subject) for subject in subjects]
+        signals = [self.found[subject.name].signal for subject in subjects]
+        self._pass(readers[0], readers[1:], signals)
 
-def subtract(other: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """other - base, where infinity (a token came that both models rule out) minus itself is 0."""
-    with np.errstate(invalid="ignore"):
-        return np.where(other == base, 0.0, other - base)
+    def store(self, base: Subject) -> StoredReader:
+        """Run the base over the text and keep what it gives on the disk."""
+        folder = self.ledger.scratch("base")
+        with progress(len(self.sample.windows), f"reading {base.name}", "window") as bar:
+            return store(self.reader(base), self.sample, folder, after_window=bar.update)
 
+    def predict_one(self, reference: Reader, subject: Subject, number: int) -> None:
+        self._pass(reference, [self.reader(subject)], [self.found[subject.name].signal])
 
-def position_bins(pair: PairTally, counts_at: np.ndarray) -> list[PositionBin]:
-    """Mean KL in at most `POSITION_BINS` runs of positions."""
-    edges = np.unique(np.linspace(0, len(counts_at), min(POSITION_BINS, len(counts_at)) + 1).astype(int))
-    return [
-        PositionBin(
-            first=int(first),
-            last=int(end) - 1,
-            mean=float(pair.kl_at[first:end].sum() / counts_at[first:end].sum()),
-            predictions=int(counts_at[first:end].sum()),
+    def _pass(self, base: Reader, others: Sequence[Reader], signals: Sequence[SignalTally | None]) -> None:
+        for other in others:
+            if other.vocabulary != base.vocabulary:
+                raise ValueError(
+                    f"{other.name} predicts over {other.vocabulary} entries and {base.name} over {base.vocabulary}, "
+                    "although their tokenizers are equal (a padded or resized vocabulary?); give them the same size"
+                )
+        name = json.dumps(["prediction", base.name, *(other.name for other in others)])
+        tallies = Tallies.empty(self.sample, len(others))
+        done = restore_pass(self.ledger.arrays(name), tallies, signals)
+        left = list(enumerate(self.sample.windows))[done:]
+        kept = time.monotonic()
+        with progress(len(self.sample.windows), "measuring", "window", done) as bar:
+            for number in measure_windows(base, others, left, tallies):
+                bar.update()
+                if time.monotonic() - kept > KEEP_SECONDS or number == len(self.sample.windows) - 1:
+                    self.ledger.keep_arrays(name, pass_arrays(number + 1, tallies, signals))
+                    kept = time.monotonic()
+        self.places, self.base.tally = tallies.places, tallies.base
+        for index, other in enumerate(others):
+            if index in tallies.broken:
+                self.failures.append(Failure(model=other.name, part="prediction", message=tallies.broken[index]))
+            else:
+                self.found[other.name].tally, self.found[other.name].pair = tallies.others[index], tallies.pairs[index]
+
+    # The rest, model by model
+
+    def write_and_time(self, subjects: Sequence[Subject]) -> None:
+        """Continuations and speed; to be called with the models at rest."""
+        able = [subject for subject in subjects if not self.is_broken(subject.name)]
+        modes = 2 if self.plan.sampling else 1
+        with progress(len(able) * len(self.plan.prompts) * modes, "writing", "text") as bar:
+            for subject in able:
+                self.found[subject.name].written = self._written(subject, bar.update)
+        if self.plan.speed is None:
+            return
+        name = json.dumps(["speed", *(subject.name for subject in able)])
+        speeds = self.ledger.record(name)
+        if speeds is None:
+            plan, prompt = self.plan.speed, max(self.sample.windows, key=lambda window: window.predictions).token_ids
+            with progress(len(able) * (plan.warmups + plan.repeats), "timing", "run") as bar:
+                measured = self.attempt(
+                    able[0].name, "speed", lambda: measure_speed(able, prompt, plan, after_run=bar.update)
+                )
+            speeds = [speed.model_dump() for speed in measured or []]
+            self.ledger.keep_record(name, speeds)
+        for subject, speed in zip(able, speeds, strict=False):
+            self.found[subject.name].speed = Speed.model_validate(speed)
+
+    def _written(self, subject: Subject, after_prompt: Callable[[], object]) -> list[Written]:
+        name = json.dumps(["written", subject.name])
+        kept = self.ledger.record(name)
+        if kept is not None:
+            return [Written.model_validate(each) for each in kept]
+        written = self.attempt(
+            subject.name, "generation", lambda: write_all(subject, self.plan, after_prompt=after_prompt)
         )
-        for first, end in itertools.pairwise(edges)
-    ]
+        if written is not None:
+            self.ledger.keep_record(name, [each.model_dump() for each in written])
+        return written or []
+
+    def measure_alone(self, subject: Subject) -> None:
+        """Gradients and benchmarks."""
+        if self.is_broken(subject.name):
+            return
+        if self.plan.gradient is not None:
+            self.found[subject.name].gradient = self.attempt(subject.name, "gradient", lambda: self._gradient(subject))
+        if self.plan.tasks is not None:
+            runs = self.attempt(subject.name, "tasks", lambda: self._tasks(subject))
+            self.found[subject.name].tasks = runs or []
+
+    def _gradient(self, subject: Subject) -> GradientTally:
+        assert self.plan.gradient is not None
+        name = json.dumps(["gradient", subject.name])
+        kept = self.ledger.arrays(name)
+        if kept is not None:
+            return GradientTally.from_arrays(kept)
+        plan = self.plan.gradient
+        with at_rest(subject.model):
+            head = LiveReader(subject, self.sample).head
+        with progress(min(plan.windows, len(self.sample.windows)), f"gradients of {subject.name}", "window") as bar:
+            tally = measure_gradients(subject, self.sample.windows, plan, head=head, after_window=bar.update)
+        self.ledger.keep_arrays(name, tally.arrays())
+        return tally
+
+    def _tasks(self, subject: Subject) -> list[TaskRun]:
+        assert self.plan.tasks is not None
+        name = json.dumps(["tasks", subject.name])
+        kept = self.ledger.record(name)
+        if kept is not None:
+            return [TaskRun.model_validate(run) for run in kept]
+        runs = run_tasks(subject, self.plan.tasks, seed=self.plan.seed)
+        self.ledger.keep_record(name, [run.model_dump() for run in runs])
+        return runs
+
+    def weigh(self, base: Subject, other: Subject) -> None:
+        if not self.plan.weights:
+            return
+        name = json.dumps(["weights", base.name, other.name])
+        kept = self.ledger.record(name)
+        if kept is not None:
+            self.found[other.name].weights = Weights.model_validate(kept)
+            return
+        with progress(None, f"weights of {other.name}", "tensor") as bar:
+            weights = self.attempt(other.name, "weights", lambda: compare_weights(base, other, after_tensor=bar.update))
+        if weights is not None:
+            self.ledger.keep_record(name, weights.model_dump())
+        self.found[other.name].weights = weights
+
+    def is_broken(self, name: str) -> bool:
+        """Whether the model's predictions were not numbers, so that nothing else of it is worth measuring."""
+        return any(failure.model == name and failure.part == "prediction" for failure in self.failures)
+
+    def written_by_all(self, models: Sequence[Findings]) -> list[list[Written]]:
+        """The continuations of the models that wrote any; none at all without the base's to compare with."""
+        return [found.written for found in models if found.written] if self.base.written else []
+
+    def weigh_files(self) -> None:
+        """Compare weights where every model came from a folder."""
+        for found in [found for found in self.found.values() if found is not self.base and found.pair]:
+            if self.plan.weights and all(is_checkpoint(each.profile.source) for each in (self.base, found)):
+                self.weigh(*(without_model(each.profile) for each in (self.base, found)))
+
+    def result(self, *, in_turns: bool) -> Comparison:
+        plan, base = self.plan, self.base
+        assert self.places is not None
+        bootstrap = Bootstrap(self.units, resamples=plan.resamples, seed=plan.seed)
+        measured = [found for found in self.found.values() if found.pair is not None]
+        others = [describe_other(base, other, self.places, plan, bootstrap, in_turns=in_turns) for other in measured]
+        return Comparison(
+            plan=plan,
+            text=describe_text(self.sample, plan),
+            base=describe_model(base, self.places, plan, bootstrap),
+            others=others,
+            generated=join_written(self.written_by_all([base, *measured]), base.profile.tokenizer),
+            environment=describe_environment(),
+            failures=self.failures,
+            notes=describe_limits(self.sample, plan, others, in_turns=in_turns),
+        )  # fmt: skip
 
 
-def describe_text(sample: Sample, plan: Plan) -> TextUsed:
-    return TextUsed(
-        documents=sample.documents,
-        unit=f"a document, or of a longer one a passage of about {plan.passage:,} characters",
-        units=len(sample.passages),
-        windows=len(sample.windows),
-        predictions=sample.predictions,
-        start_token=sample.start_token,
-        sha256=sample.sha256,
-    )
+def without_model(profile: Profile) -> Subject:
+    """A subject whose model was let go: enough where its files are read."""
+    return Subject(profile.name, nn.Module(), profile.tokenizer, profile.source)
 
 
-def describe_limits(sample: Sample, plan: Plan, passes: Sequence[Pass]) -> list[str]:
-    """What a reader should know before trusting the numbers."""
-    notes = []
-    units = len(sample.passages)
-    if units < 2:
-        notes.append("There is only one unit of text, so there are no intervals; measure on more text.")
-    elif units < FEWEST_UNITS:
-        notes.append(f"There are only {units} units of text: the intervals are likely too narrow; measure on more.")
-    if sample.exhausted:
-        read = sum(len(window.token_ids) for window in sample.windows)
-        notes.append(f"The text holds only {read:,} tokens in usable windows of the {plan.tokens:,} asked for.")
-    notes.extend(
-        f"{other.model.name}: no cosine similarity of hidden states, because its layers are of another number or width "
-        "than the base's or are not given out by the model."
-        for done in passes
-        for other in done.others
-        if not other.difference.hidden_cosine
-    )
-    if sum(len(done.others) for done in passes) > 1:
-        notes.append("Each interval stands for itself; they are not widened for the number of models compared.")
-    return notes
+def progress(total: int | None, what: str, unit: str, done: int = 0) -> Any:
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None)
 
 
-def merge_generated(runs: Sequence[Sequence[Generated]]) -> list[Generated]:
-    """The same prompts from several passes, the base's continuation once."""
-    return [
-        Generated(
-            prompt=same[0].prompt,
-            continuations=[*same[0].continuations, *(text for more in same[1:] for text in more.continuations[1:])],
-        )
-        for same in zip(*runs, strict=True)
-    ]
+def pass_arrays(done: int, tallies: Tallies, signals: Sequence[SignalTally | None]) -> dict[str, np.ndarray]:
+    """Everything that a pass over the text has counted, `done` windows of it."""
+    arrays = {"done": np.array(done), "broken": np.array(json.dumps(tallies.broken))}
+    for label, part in labelled(tallies, signals):
+        arrays |= {f"{label}.{name}": array for name, array in part.arrays().items()}
+    return arrays
+
+
+def restore_pass(arrays: dict[str, np.ndarray] | None, tallies: Tallies, signals: Sequence[SignalTally | None]) -> int:
+    """Put back what `pass_arrays` gave; returns how many windows that was."""
+    if arrays is None:
+        return 0
+    for label, part in labelled(tallies, signals):
+        own = {name.removeprefix(f"{label}."): array for name, array in arrays.items() if name.startswith(f"{label}.")}
+        part.restore(own)
+    tallies.broken = {int(index): text for index, text in json.loads(str(arrays["broken"])).items()}
+    return int(arrays["done"])
+
+
+def labelled(tallies: Tallies, signals: Sequence[SignalTally | None]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = [("places", tallies.places), ("base", tallies.base)]
+    found += [(f"other{index}", part) for index, part in enumerate(tallies.others)]
+    found += [(f"pair{index}", part) for index, part in enumerate(tallies.pairs)]
+    return found + [(f"signal{index}", part) for index, part in enumerate(signals) if part is not None]

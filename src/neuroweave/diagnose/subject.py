@@ -56,6 +56,37 @@ class Subject:
         return length if isinstance(length, int) and length > 0 else None
 
 
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What is kept of a subject when its model is let go."""
+
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    recipe: dict[str, Any] | None
+    config: dict[str, Any]
+    longest: int | None
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, subject: Subject) -> Profile:
+        return cls(
+            name=subject.name,
+            source=subject.source,
+            architecture=type(subject.model).__name__,
+            parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
+            dtype=subject.dtype,
+            device=str(subject.device),
+            recipe=subject.recipe,
+            config=subject.config.to_dict() if hasattr(subject.config, "to_dict") else {},
+            longest=subject.longest,
+            tokenizer=subject.tokenizer,
+        )
+
+
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards each module's mode is as before and no hook is left.
@@ -80,7 +111,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
                 vars(module).pop("_output_capturing_hooks_installed", None)
 
 
-def check_comparable(base: Subject, other: Subject, sample: Sample, window: int) -> None:
+def check_comparable(base: Profile, other: Profile, sample: Sample, window: int) -> None:
     """Raise ValueError unless both models read the same tokens and can hold a window.
 
     The vocabularies must be equal, and so must the tokens of every passage that is measured.
@@ -111,14 +142,13 @@ def check_comparable(base: Subject, other: Subject, sample: Sample, window: int)
         )
 
 
-def changed_settings(base: Subject, other: Subject) -> dict[str, list[str]]:
+def changed_settings(base: Profile, other: Profile) -> dict[str, list[str]]:
     """Config entries that differ, as [base, other] in words; where a model came from does not count."""
-    configs = [subject.config.to_dict() if hasattr(subject.config, "to_dict") else {} for subject in (base, other)]
-    names = sorted({*configs[0], *configs[1]} - BOOKKEEPING)
+    names = sorted({*base.config, *other.config} - BOOKKEEPING)
     return {
-        name: [shorten(configs[0].get(name)), shorten(configs[1].get(name))]
+        name: [shorten(base.config.get(name)), shorten(other.config.get(name))]
         for name in names
-        if configs[0].get(name) != configs[1].get(name)
+        if base.config.get(name) != other.config.get(name)
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from neuroweave import __version__
 from neuroweave.checkpoint.copying import copy_file, link_or_copy
 from neuroweave.checkpoint.journal import JOURNAL_FILE, Journal
-from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest, write_manifest
+from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest, stamp, write_manifest
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint, list_files
 from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_pieces
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
@@ -350,12 +350,6 @@ def report_of(target: Target, effect: Effect, scale: float | None) -> TensorRepo
         target.stored.name, target.layer, target.projection, target.coverage,
         None if target.formula == "contour gate" else scale, effect.changed, effect.count, effect.relative_change,
     )  # fmt: skip
-
-
-def stamp(path: Path) -> list[int]:
-    """What changes when a file is written to: size, time in nanoseconds, and its number on the disk."""
-    state = path.stat()
-    return [state.st_size, state.st_mtime_ns, state.st_ino]
 
 
 def mode_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The result of a comparison, as it is stored in comparison.json: typed, versioned, every number of every figure.
+"""The whole result: the models, what separates each from the base, and where and on what it was measured.
 
 Lengths of time are seconds, rates are tokens per second, likelihoods and KL are nats per token. A field that could not
 be measured is null or an empty list, and `notes` says why.
@@ -9,59 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from neuroweave.text.passages import PASSAGE
+from neuroweave.diagnose.results.generation import Generated
+from neuroweave.diagnose.results.gradient import Gradient, GradientDifference
+from neuroweave.diagnose.results.plan import Plan
+from neuroweave.diagnose.results.records import Estimate, Histogram, Record
+from neuroweave.diagnose.results.signal import Signal, SignalDifference
+from neuroweave.diagnose.results.tasks import TaskDifference, TaskScore
+from neuroweave.diagnose.results.weights import Weights
 
-SCHEMA_VERSION: Literal[1] = 1
-
-
-class Record(BaseModel):
-    """A frozen part of the result. Infinity is written as text, so that the file stays plain JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Estimate(Record):
-    """A number with its 95 % interval; without one (`low` and `high` null) when too little was measured for it."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def excludes(self, reference: float) -> bool:
-        """Whether there is an interval and `reference` lies outside of it."""
-        return self.low is not None and self.high is not None and not self.low <= reference <= self.high
-
-
-class SpeedPlan(Record):
-    """How speed is measured; the same for every model, KV cache on, greedy."""
-
-    prompt_tokens: int = Field(128, ge=1, description="tokens read at once (prefill)")
-    new_tokens: int = Field(24, ge=2, description="tokens written one by one (decode), the first one not timed")
-    batch: int = Field(1, ge=1, description="sequences side by side")
-    repeats: int = Field(6, ge=1, description="timed runs per model, taken in turns; six is the least for an interval")
-    warmups: int = Field(1, ge=0, description="untimed runs per model before")
-
-
-DEFAULT_PROMPTS = (
-    "Once upon a time, in a small village by the sea,",
-    "The three most important things about water are",
-    "Dear Sir, I was very glad to receive your letter, and",
-)
-
-
-class Plan(Record):
-    """What a comparison does. Every default of the command line is here."""
-
-    tokens: int = Field(8192, ge=2, description="tokens of text to measure on, at most")
-    window: int = Field(512, ge=2, description="tokens per forward pass; the context a prediction can see")
-    passage: int = Field(PASSAGE, ge=1, description="longer documents are cut to about so many characters")
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    seed: int = Field(0, ge=0, description="seed of the bootstrap")
-    prompts: tuple[str, ...] = Field(DEFAULT_PROMPTS, description="texts that every model continues greedily")
-    new_tokens: int = Field(40, ge=1, description="tokens written per prompt")
-    speed: SpeedPlan | None = Field(SpeedPlan(), description="null: speed is not measured")
+SCHEMA_VERSION: Literal[2] = 2
 
 
 class TextUsed(Record):
@@ -92,6 +50,14 @@ class Speed(Record):
     decode: Rate
 
 
+class CalibrationBin(Record):
+    """Predictions whose top token had a probability in one of equal bins from 0 to 1."""
+
+    predictions: int
+    confidence: float = Field(description="mean probability of the top token")
+    accuracy: float = Field(description="share where the top token is the one that came")
+
+
 class Measured(Record):
     """One model on the text."""
 
@@ -105,17 +71,14 @@ class Measured(Record):
     negative_log_likelihood: Estimate
     perplexity: Estimate
     confidence: Estimate = Field(description="mean probability of the top token")
-    confidence_counts: list[int] = Field(description="predictions by top-token probability, in equal bins from 0 to 1")
+    accuracy: Estimate = Field(description="share of predictions whose top token is the one that came")
+    entropy: Estimate = Field(description="of the predicted distribution, nats")
+    calibration_error: Estimate = Field(description="expected calibration error over the bins of `calibration`")
+    calibration: list[CalibrationBin]
+    signal: Signal | None = None
+    gradient: Gradient | None = None
     speed: Speed | None = None
-
-
-class Histogram(Record):
-    """Counts between edges; `below` and `above` count what lies outside of them."""
-
-    edges: list[float]
-    counts: list[int]
-    below: int
-    above: int
+    tasks: list[TaskScore] = Field([], description="empty: none were run")
 
 
 class PositionBin(Record):
@@ -133,14 +96,24 @@ class Difference(Record):
     perplexity_ratio: Estimate
     negative_log_likelihood: Estimate = Field(description="other minus base")
     confidence: Estimate = Field(description="other minus base")
+    confidence_squared: Estimate = Field(description="mean square of the difference of top-1 confidence")
+    entropy: Estimate = Field(description="other minus base")
+    calibration_error: Estimate = Field(description="other minus base")
+    accuracy: Estimate = Field(description="other minus base")
     kl: Estimate = Field(description="KL(base || other)")
     logit_cosine: Estimate
     top1_agreement: Estimate = Field(description="share of predictions with the same top token")
+    top5_agreement: Estimate = Field(description="mean share of the base's five top tokens among the other's five")
     hidden_cosine: list[Estimate] = Field(description="by depth: input of the first layer, then after each layer")
+    hidden_cka: list[Estimate] = Field(description="linear centred kernel alignment, by depth as above")
     kl_histogram: Histogram
     kl_by_position: list[PositionBin]
     prefill_ratio: Estimate | None = Field(None, description="speed of the other over the base's, paired runs")
     decode_ratio: Estimate | None = Field(None, description="speed of the other over the base's, paired runs")
+    signal: SignalDifference | None = None
+    gradient: GradientDifference | None = None
+    weights: Weights | None = None
+    tasks: list[TaskDifference] = Field([], description="empty: none were run")
     changed_settings: dict[str, list[str]] = Field(description="config entries that differ: [base, other]")
 
 
@@ -149,22 +122,6 @@ class Other(Record):
 
     model: Measured
     difference: Difference
-
-
-class Continuation(Record):
-    """What one model wrote after a prompt."""
-
-    model: str
-    text: str
-    shared_tokens: int = Field(description="leading tokens that are the base's as well")
-    shared_characters: int
-
-
-class Generated(Record):
-    """One prompt and its greedy continuations, the base's first."""
-
-    prompt: str
-    continuations: list[Continuation]
 
 
 class Environment(Record):
@@ -179,16 +136,25 @@ class Environment(Record):
     versions: dict[str, str]
 
 
+class Failure(Record):
+    """Something that could not be measured; the rest of the comparison stands."""
+
+    model: str
+    part: str = Field(description="prediction, generation, gradient, weights, speed or tasks")
+    message: str
+
+
 class Comparison(Record):
     """One base and the models compared with it."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     plan: Plan
     text: TextUsed
     base: Measured
     others: list[Other]
     generated: list[Generated]
     environment: Environment
+    failures: list[Failure] = Field([], description="empty: everything was measured")
     notes: list[str]
 
     @property

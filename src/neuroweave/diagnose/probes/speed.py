@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from neuroweave.diagnose.comparison import Estimate, Rate, Speed, SpeedPlan
+from neuroweave.diagnose.results.comparison import Rate, Speed
+from neuroweave.diagnose.results.plan import SpeedPlan
+from neuroweave.diagnose.results.records import Estimate
 from neuroweave.diagnose.subject import Subject
 
 

@@ -1,0 +1,168 @@
+"""Figures of many changes of one model: the frontiers of a sweep, and how sensitive each layer is. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neuroweave.diagnose.report.figures import house_style
+from neuroweave.diagnose.report.figures.axes import fit_scale, layer_axis, new_axes, no_difference
+from neuroweave.diagnose.report.figures.drawing import INK, MUTED, SERIES, Drawing, save_drawing, shortened
+from neuroweave.diagnose.report.numbers import value_of
+from neuroweave.diagnose.results.records import Estimate
+from neuroweave.diagnose.results.sweep import BASE, Outcome, Point, RankedLayer
+
+SECTION = "Sweep"
+MOST_LABELS = 12  # with more points only those of the frontier are named
+LABEL_GAP = 3.0  # units of 1/72 inch between two names
+
+
+def save_frontiers(
+    points: Sequence[Point], fronts: Mapping[str, Sequence[str]], folder: Path, *, stem: str
+) -> list[Path]:
+    """Write `<stem>-perplexity` and, where sparsity was counted, `<stem>-sparsity` to `folder` as SVG and PNG.
+
+    `fronts`: key of a point -> the frontiers that it is on. Returns the files.
+    """
+    with house_style():
+        drawn = [perplexity(points, fronts, stem), sparsity(points, fronts, stem)]
+        return [file for drawing in drawn if drawing for file in save_drawing(drawing, folder)]
+
+
+def save_sensitivity(ranking: Sequence[RankedLayer], folder: Path, *, stem: str, label: str) -> list[Path]:
+    """Write `<stem>` to `folder` as SVG and PNG; `label`: what was changed, in words. Returns the files."""
+    with house_style():
+        drawing = sensitivity(ranking, stem, label)
+        return save_drawing(drawing, folder) if drawing else []
+
+
+def perplexity(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], stem: str) -> Drawing | None:
+    return draw_frontier(
+        points,
+        {key for key, names in fronts.items() if "perplexity" in names},
+        lambda outcome: outcome.perplexity_ratio,
+        key=f"{stem}-perplexity",
+        title="KL against perplexity",
+        label="perplexity / unchanged model's",
+    )
+
+
+def sparsity(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], stem: str) -> Drawing | None:
+    return draw_frontier(
+        points,
+        {key for key, names in fronts.items() if "sparsity" in names},
+        lambda outcome: outcome.near_zero,
+        key=f"{stem}-sparsity",
+        title="KL against sparsity",
+        label="share of near-zero MLP activations",
+    )
+
+
+def draw_frontier(
+    points: Sequence[Point], front: set[str], value: Callable[[Outcome], Estimate | None], *, key: str, title: str,
+    label: str,
+) -> Drawing | None:  # fmt: skip
+    """KL to the right, `value` upwards, both with intervals; the points of `front` are filled and joined. The unchanged
+    model, whose KL is 0, is the dashed line. None where nothing can be drawn."""
+    values = {point.key: found for point in points if point.outcome and (found := value(point.outcome))}
+    kls = {point.key: point.outcome.kl for point in points if point.outcome}
+    shown = [
+        point
+        for point in points
+        if point.key in values and point.key != BASE and drawable(kls[point.key], values[point.key])
+    ]
+    if not shown:
+        return None
+    figure, axes = new_axes()
+    for point in shown:
+        x, y = kls[point.key], values[point.key]
+        colour = SERIES[1] if point.key in front else MUTED
+        draw_interval(axes, x, y, colour)
+        face = colour if point.key in front else "white"
+        axes.plot(x.value, y.value, "o", color=colour, markerfacecolor=face, markersize=5, zorder=3)
+    best = sorted((kls[point.key].value, values[point.key].value) for point in shown if point.key in front)
+    axes.plot([x for x, _ in best], [y for _, y in best], color=SERIES[1], linewidth=1, zorder=2)
+    heights = [values[point.key].value for point in shown]
+    if BASE in values:
+        no_difference(axes, values[BASE].value)
+        heights.append(values[BASE].value)
+    fit_scale(axes, "x", [kls[point.key].value for point in shown])
+    fit_scale(axes, "y", heights)
+    axes.set_xlabel("KL(unchanged || changed), nats per token")
+    axes.set_title(label)
+    named = [point for point in shown if len(shown) <= MOST_LABELS or point.key in front]
+    place_labels(axes, [(kls[point.key].value, values[point.key].value, point.name) for point in named])
+    left_out = [point.name for point in points if point.key != BASE and point not in shown]
+    caption = (
+        "Each dot is a change, with 95 % intervals; filled: no other is better in both. Dashed: the unchanged model."
+    )
+    caption += f" Not drawn: {', '.join(left_out)}." if left_out else ""
+    return Drawing(key, SECTION, title, caption, figure, [])
+
+
+def drawable(*estimates: Estimate) -> bool:
+    return all(math.isfinite(estimate.value) for estimate in estimates)
+
+
+def draw_interval(axes: Any, x: Estimate, y: Estimate, colour: str) -> None:
+    if x.low is not None and y.low is not None:
+        axes.plot([x.low, x.high], [y.value, y.value], color=colour, linewidth=1.1, alpha=0.6)
+        axes.plot([x.value, x.value], [y.low, y.high], color=colour, linewidth=1.1, alpha=0.6)
+
+
+def place_labels(axes: Any, labels: Iterable[tuple[float, float, str]]) -> None:
+    """A name beside each (x, y), towards the middle of the axes, moved up where it would stand on another."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    middle = axes.transAxes.transform((0.5, 0.5))[0]
+    placed: list[Any] = []
+    for x, y, name in sorted(labels, key=lambda label: label[1]):
+        left = axes.transData.transform((x, y))[0] > middle
+        text = axes.annotate(
+            shortened(name, 34),
+            (x, y),
+            xytext=(-6 if left else 6, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+        )
+        for _ in range(len(placed) + 1):
+            box = text.get_window_extent().padded(LABEL_GAP / 2)
+            below = [other for other in placed if other.overlaps(box)]
+            if not below:
+                break
+            lift = (max(other.y1 for other in below) - box.y0) * 72 / figure.dpi
+            text.set_position((text.get_position()[0], text.get_position()[1] + lift + 0.1))
+        placed.append(text.get_window_extent().padded(LABEL_GAP / 2))
+
+
+def sensitivity(ranking: Sequence[RankedLayer], stem: str, label: str) -> Drawing | None:
+    """KL of changing each layer alone, in the order of the layers."""
+    shown = sorted((layer for layer in ranking if drawable(layer.kl)), key=lambda layer: layer.layer)
+    if not shown:
+        return None
+    figure, axes = new_axes()
+    for layer in shown:
+        low, high = (layer.kl.value if end is None else end for end in (layer.kl.low, layer.kl.high))
+        axes.plot([layer.layer, layer.layer], [low, high], color=SERIES[1], linewidth=2.2)
+    axes.plot([layer.layer for layer in shown], [layer.kl.value for layer in shown], "o", color=SERIES[1], markersize=4)
+    fit_scale(axes, "y", [layer.kl.value for layer in shown], from_zero=True)
+    for layer in sorted(shown, key=lambda layer: layer.rank)[:3]:
+        high = layer.kl.value if layer.kl.high is None else layer.kl.high
+        axes.annotate(
+            f"{layer.layer}: {value_of(layer.kl)}",
+            (layer.layer, high),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+            color=INK,
+        )
+    layer_axis(axes, "the one layer that is changed", count=max(layer.layer for layer in shown) + 1)
+    axes.set_title("KL(unchanged || changed), nats per token, with 95 % intervals")
+    caption = "Each layer is changed alone; the three most sensitive are named."
+    return Drawing(stem, SECTION, f"Sensitivity of each layer: {label}", caption, figure, [])

@@ -1,0 +1,187 @@
+"""Parts of models of many families, by structure: the right layers, norms and down projections, and honest gaps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import HIDDEN, INTERMEDIATE, tiny_config, tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from neuroweave.diagnose.probes.anatomy import Anatomy, find_anatomy, layer_and_family, linear_sizes
+from neuroweave.surgery import Recipe, patch
+
+# family: path of the layers, norms of a layer, final norm, down projection
+EXPECTED = {
+    "llama": ("model.layers", ("input_layernorm", "post_attention_layernorm"), "model.norm", "mlp.down_proj"),
+    "gemma3_text": (
+        "model.layers",
+        (
+            *("input_layernorm", "post_attention_layernorm"),
+            *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        ),
+        "model.norm",
+        "mlp.down_proj",
+    ),
+    "gpt2": ("transformer.h", ("ln_1", "ln_2"), "transformer.ln_f", "mlp.c_proj"),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        ("input_layernorm", "post_attention_layernorm"),
+        "gpt_neox.final_layer_norm",
+        "mlp.dense_4h_to_h",
+    ),
+    "opt": (
+        "model.decoder.layers",
+        ("self_attn_layer_norm", "final_layer_norm"),
+        "model.decoder.final_layer_norm",
+        "fc2",
+    ),
+    "qwen3": ("model.layers", ("input_layernorm", "post_attention_layernorm"), "model.norm", "mlp.down_proj"),
+    "olmo2": (
+        "model.layers",
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+        "model.norm",
+        "mlp.down_proj",
+    ),
+    "phi": ("model.layers", ("input_layernorm",), "model.final_layernorm", "mlp.fc2"),
+    "mixtral": ("model.layers", ("input_layernorm", "post_attention_layernorm"), "model.norm", None),
+    "bloom": (
+        "transformer.h",
+        ("input_layernorm", "post_attention_layernorm"),
+        "transformer.ln_f",
+        "mlp.dense_4h_to_h",
+    ),
+    "ctrl": ("transformer.h", ("layernorm1", "layernorm2"), "transformer.layernorm", "ffn.2"),
+    "gemma3": (
+        "model.language_model.layers",
+        (
+            *("input_layernorm", "post_attention_layernorm"),
+            *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        ),
+        "model.language_model.norm",
+        "mlp.down_proj",
+    ),
+}
+
+
+def check(anatomy: Anatomy, model: nn.Module, family: str) -> None:
+    prefix, norms, final, down = EXPECTED[family]
+    layers = model.get_submodule(prefix)
+    assert anatomy.prefix == prefix
+    assert [layer.module for layer in anatomy.layers] == list(layers) != []
+    assert anatomy.final_norm is model.get_submodule(final)
+    assert anatomy.embedding is model.get_input_embeddings()
+    for found, layer in zip(anatomy.layers, layers, strict=True):
+        assert set(found.norms) == set(norms)
+        assert all(found.norms[name] is layer.get_submodule(name) for name in norms)
+        assert found.down_name == down
+        assert found.down is (None if down is None else layer.get_submodule(down))
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_parts_of_a_family(family: str) -> None:
+    model = tiny_model(family)
+    anatomy = find_anatomy(model)
+    check(anatomy, model, family)
+    if EXPECTED[family][-1] is None:
+        assert anatomy.down_family == ""
+        assert any("no plain down projection in any layer" in note for note in anatomy.notes)
+    else:
+        assert anatomy.notes == ()
+        assert [linear_sizes(layer.down) for layer in anatomy.layers] == [
+            (4 * HIDDEN if family == "bloom" else INTERMEDIATE, HIDDEN)  # bloom's config has no intermediate size
+        ] * 2
+        assert anatomy.down_family == f"{EXPECTED[family][-1]}.weight"
+
+
+def test_experts_in_some_layers_only() -> None:
+    anatomy = find_anatomy(tiny_model("deepseek_v3"))
+    assert [layer.down_name for layer in anatomy.layers] == ["mlp.down_proj", None]
+    assert any("in layer 1 " in note for note in anatomy.notes)
+
+
+def test_attention_that_widens_is_no_mlp() -> None:
+    """Queries wider than the hidden states, as in Gemma, in a model whose MLPs are experts."""
+    config = tiny_config("mixtral")
+    config.head_dim = 3 * HIDDEN
+    anatomy = find_anatomy(AutoModelForCausalLM.from_config(config))
+    assert [layer.down for layer in anatomy.layers] == [None, None]
+
+
+def test_head_norms_as_wide_as_the_hidden_states_are_no_residual_norms() -> None:
+    model = tiny_model("qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = nn.RMSNorm(HIDDEN)
+    check(find_anatomy(model), model, "qwen3")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma3_text"])
+def test_a_patched_model_has_the_same_parts(family: str) -> None:
+    model = tiny_model(family)
+    plain = [layer.down for layer in find_anatomy(model).layers]
+    recipe = {"sites": [{"site": "mlp", "activation": "relu"}, {"site": "mlp.down", "activation": "tanh"}]}
+    patch(model, Recipe.model_validate(recipe))
+    anatomy = find_anatomy(model)
+    assert [layer.down for layer in anatomy.layers] == plain  # the projection itself, inside what is around it
+    assert anatomy.down_family == f"{EXPECTED[family][-1]}.weight"
+
+
+def test_adapters_change_neither_parts_nor_names() -> None:
+    model = tiny_model("llama")
+    names = [name for name, _ in model.named_parameters()]
+    plain = find_anatomy(model)
+    layers = [layer.module for layer in plain.layers]
+    wanted = [layer_and_family(name, plain) for name in names]
+    adapted = get_peft_model(model, LoraConfig(r=INTERMEDIATE, target_modules=["down_proj", "q_proj"]))
+    anatomy = find_anatomy(adapted)
+    assert [layer.module for layer in anatomy.layers] == layers
+    assert [layer.down_name for layer in anatomy.layers] == ["mlp.down_proj"] * 2
+    assert linear_sizes(anatomy.layers[0].down) == (INTERMEDIATE, HIDDEN)
+    found = [layer_and_family(name, anatomy) for name, _ in adapted.named_parameters() if "lora_" not in name]
+    assert found == wanted
+    assert (1, "mlp.down_proj.lora_A.default.weight") in [
+        layer_and_family(name, anatomy) for name, _ in adapted.named_parameters()
+    ]
+
+
+def test_names() -> None:
+    anatomy = find_anatomy(tiny_model("llama"))
+    assert layer_and_family("model.layers.3.mlp.down_proj.weight", anatomy) == (3, "mlp.down_proj.weight")
+    assert layer_and_family("model.layers.12.x", anatomy) == (12, "x")
+    for outside in ("model.norm.weight", "lm_head.weight", "model.layers.norm.weight", "model.layers_2.0.weight"):
+        assert layer_and_family(outside, anatomy) == (None, outside)
+    assert layer_and_family("base_model.model.lm_head.weight", anatomy) == (None, "lm_head.weight")
+    nothing = find_anatomy(nn.Linear(3, 3))
+    assert layer_and_family("0.weight", nothing) == (None, "0.weight")
+
+
+def test_no_layers_is_said_in_words() -> None:
+    anatomy = find_anatomy(nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7)))
+    assert (anatomy.layers, anatomy.final_norm, anatomy.down_family) == ((), None, "")
+    assert anatomy.notes == ("Sequential: no list of decoder layers was found, so nothing is told by layer",)
+
+
+def test_a_plain_module_without_a_config() -> None:
+    """Layers in a list, the projections in an unnamed Sequential, hidden size from the embedding."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(7)
+            self.ffn = nn.Sequential(nn.Linear(7, 123), nn.GELU(), nn.Linear(123, 7))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(11, 7)
+            self.blocks = nn.ModuleList([Block(), Block(), Block()])
+            self.norm = nn.LayerNorm(7)
+
+    model = Model()
+    anatomy = find_anatomy(model)
+    assert [layer.down for layer in anatomy.layers] == [block.ffn[2] for block in model.blocks]
+    assert anatomy.final_norm is model.norm
+    assert anatomy.embedding is model.tokens
+    assert torch.is_tensor(model.tokens.weight)
+    assert anatomy.notes == ()
