@@ -40,7 +40,7 @@ FAMILIES = (
     "self_attn.k_proj.weight",
     "self_attn.v_proj.weight",
     "self_attn.o_proj.weight",
-    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
 )
 NORMS = ("input_layernorm", "post_attention_layernorm")
 PROMPTS = ("Once upon a time,", "The three most important things about <water> & fire are", "Dear Sir,\nI was")

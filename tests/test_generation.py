@@ -184,6 +184,23 @@ def test_a_text_that_ends_has_as_many_numbers_as_tokens() -> None:
     assert (len(written.tokens), len(written.confidence), len(written.state_cosine)) == (2, 2, 1)
 
 
+def test_confidence_is_the_models_own_where_its_config_rules_out_the_top_token() -> None:
+    model = tiny_model()
+    free = continue_prompt(subject("one", model), "w1 w2 w3", PLAN, "greedy")
+    model.generation_config.suppress_tokens = [free.token_ids[0]]
+    bound = continue_prompt(subject("one", model), "w1 w2 w3", PLAN, "greedy")
+    assert bound.token_ids[0] != free.token_ids[0]
+    assert bound.confidence[0] == free.confidence[0]
+
+
+def test_steps_beyond_the_last_token_are_left_out() -> None:
+    """Where stopping is checked late (on CUDA), generate runs a step that gives no token."""
+    watch = generation.Watch()
+    watch.confidence, watch.state_cosine = [0.1, 0.2, 0.3], [0.4, 0.5]
+    written = generation.describe_written(subject("one", tiny_model()), "w1", "greedy", [4], [5, 2], watch)
+    assert (written.confidence, written.state_cosine) == ([0.1, 0.2], [0.4])
+
+
 def test_one_new_token_has_no_state_before_it() -> None:
     written = continue_prompt(subject("one", tiny_model()), "w1", PLAN.model_copy(update={"new_tokens": 1}), "sampled")
     assert (len(written.token_ids), len(written.confidence), written.state_cosine) == (1, 1, [])

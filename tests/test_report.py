@@ -221,7 +221,7 @@ def test_what_was_not_measured_has_no_figure() -> None:
 
 def test_a_model_against_itself_has_no_empty_axes() -> None:
     keys = drawn(made_comparison(("base", "same"), amounts=(0,))).keys()
-    assert FIGURES - keys == {"kl-histogram", "kl-by-position"}
+    assert FIGURES - keys == {"kl-histogram", "kl-by-position", "weight-change"}
 
 
 def test_a_model_alone() -> None:
@@ -236,16 +236,20 @@ def test_one_layer_seven_others_and_infinities() -> None:
     broken = made.others[0]
     infinite = Estimate(value=math.inf)
     bins = [part.model_copy(update={"mean": math.inf}) for part in broken.difference.kl_by_position]
-    parts = {"kl": infinite, "perplexity_ratio": infinite, "kl_by_position": bins}
+    parts = {"kl": infinite, "perplexity_ratio": infinite, "kl_by_position": bins, "hidden_cosine": [infinite] * 2}
+    assert broken.model.signal is not None
+    norms = [place.model_copy(update={"mean": infinite, "first": math.inf}) for place in broken.model.signal.inputs]
+    signal = broken.model.signal.model_copy(update={"inputs": [norms[0], broken.model.signal.inputs[1]]})
     other = broken.model_copy(
         update={
             "difference": broken.difference.model_copy(update=parts),
-            "model": broken.model.model_copy(update={"perplexity": infinite}),
+            "model": broken.model.model_copy(update={"perplexity": infinite, "signal": signal}),
         }
     )
     html = render_report(made.model_copy(update={"others": [other, *made.others[1:]]}))
     assert not re.findall(r"\b(nan|inf)\b", html[html.index("</style>") :], flags=re.IGNORECASE)
     assert "infinite" in Page(html).text
+    assert re.search(r"<text[^>]*>\$m_0\$ long", html), "a name is no formula"
     shown = {key for key in FIGURES if not key.startswith(("gradient", "weight-change"))}
     assert Page(html).figures == shown | {f"weight-change-{n}" for n in range(1, 8)}
     assert len({f"var(--series-{n})" for n in range(8) if f"stroke: var(--series-{n})" in html}) == 8

@@ -19,7 +19,7 @@ from neuroweave.cli.main import main
 from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.report import frontier as report
 from neuroweave.diagnose.results.records import Estimate
-from neuroweave.diagnose.results.sweep import BASE, Outcome, Point, Sensitivity
+from neuroweave.diagnose.results.sweep import Outcome, Point, Sensitivity
 from neuroweave.diagnose.variants import rank_layers, variant_plan
 from neuroweave.surgery.patching import patch
 from neuroweave.text import read_documents
@@ -41,10 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seven() -> Any:
-    """Layer 2 is made to matter most, layer 5 to do nothing."""
+    """Layer 0, before all others, matters most; layer 5 is made to do nothing."""
     model = tiny_model(num_hidden_layers=7)
     with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight.mul_(20)
         model.model.layers[5].mlp.down_proj.weight.zero_()
     return model
 
@@ -91,23 +90,23 @@ def test_each_layer_is_changed_alone(folder: Path, tmp_path: Path, capsys: pytes
     for number in (0, 2, 6):
         assert by_layer[number].kl.value == pytest.approx(kl_by_hand(folder, number), rel=1e-5)
     first, last = result.ranking[0], result.ranking[-1]
-    assert (first.layer, first.rank, first.first, first.last) == (2, 1, 1, 1)
+    assert (first.layer, first.rank, first.first, first.last) == (0, 1, 1, 1)
     assert (last.layer, last.rank, last.first, last.last) == (5, 7, 7, 7)
     assert (last.kl.value, last.kl.low, last.kl.high) == (0, 0, 0)
-    outcome = next(point.outcome for point in result.points if point.settings.get("layer") == 2)
+    outcome = next(point.outcome for point in result.points if point.settings.get("layer") == 0)
     assert outcome is not None
     zeros = {each.layer: each.zero.value for each in outcome.activations}
-    assert 0.3 < zeros.pop(2) < 0.7
+    assert 0.3 < zeros.pop(0) < 0.7
     assert set(zeros.values()) == {0.0}
     header, top, *_ = printed.out.splitlines()
     assert header.split("  ")[0] == "rank"
-    assert top.split()[:3] == ["1", "1", "2"]
+    assert top.split()[:3] == ["1", "1", "0"]
     assert sorted(path.name for path in out.iterdir()) == [
         f"sensitivity.{kind}" for kind in ("json", "jsonl", "png", "svg")
     ]
     svg = (out / "sensitivity.svg").read_text()
     assert "Sensitivity of each layer: mlp relu" in svg
-    assert ">2: " in svg  # the most sensitive layer is named
+    assert ">0: " in svg  # the most sensitive layer is named
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -217,10 +217,11 @@ def test_difference_is_paired_over_units() -> None:
             ],
             abs=1e-15,
         )
-    last = difference.input_ratio[-1]
-    lone = (changed_signal.inputs[-1].mean.high - changed_signal.inputs[-1].mean.low) / base.inputs[-1].mean.value
-    assert last.low < last.value < last.high
-    assert last.high - last.low < lone
+    counts = base_tally.sums["tokens"]
+    draws = [bootstrap.means(tally.sums["norm_sums"][:, [3]], counts) for tally in (other_tally, base_tally)]
+    low, high = np.percentile(draws[0] / draws[1], [2.5, 97.5])  # the same draws of units for both
+    assert low < difference.input_ratio[3].value < high
+    assert [difference.input_ratio[3].low, difference.input_ratio[3].high] == pytest.approx([low, high], rel=1e-12)
 
 
 def test_other_layers_give_empty_lists() -> None:

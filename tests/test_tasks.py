@@ -303,6 +303,8 @@ def test_folder_with_a_group_and_an_include(tmp_path: Path) -> None:
     assert runs["both"].scores[0].value == pytest.approx(np.mean(both))
     assert runs["both"].questions == {}
     assert runs["words"].sha256 != runs["more"].sha256
+    (tmp_path / "t" / "group.yaml").write_text(yaml.safe_dump(members))
+    assert [run.task for run in run_tasks(subject("tiny", tiny_model()), plan(tmp_path / "t"))] == ["words", "more"]
 
 
 def test_metrics_that_are_no_mean_have_an_error_and_no_pairs(tmp_path: Path) -> None:

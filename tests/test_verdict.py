@@ -232,6 +232,7 @@ def test_without_intervals_nothing_has_a_direction() -> None:
 
 def test_every_reading_follows_from_its_interval(comparison: Comparison) -> None:
     """All estimates of the table, moved so that each interval holds "no difference": no direction may be left."""
+
     def blurred(name: str, value: Any) -> Any:
         if isinstance(value, Estimate):
             return Estimate(value=value.value, low=value.value - 2, high=value.value + 2)

@@ -231,6 +231,17 @@ def test_singular_values_of_large_matrices(shape: tuple[int, int]) -> None:
         assert found == pytest.approx(expected, rel=tolerance, abs=1e-6 * expected[0])
 
 
+def test_the_krylov_space_is_the_same_every_time() -> None:
+    matrix = torch.randn(1030, 1031, generator=torch.Generator().manual_seed(0))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(largest_singular_values(matrix, 5.0))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]
+
+
 def test_blocks_of_rows_give_the_same_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(1230, 7, generator=torch.Generator().manual_seed(0))
     whole = largest_singular_values(matrix, 4.0)

@@ -26,6 +26,8 @@ COMMANDS = {
     "recipe": ("recipe", "Show what was done to a model, or do it again to the same bytes."),
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
     "compare": ("compare", "Measure what a change did to a model; write a report."),
+    "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),
+    "sensitivity": ("sensitivity", "Change one layer at a time; rank the layers."),
 }
 
 

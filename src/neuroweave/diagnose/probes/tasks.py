@@ -75,7 +75,8 @@ def run_tasks(
         check_limit(loaded["tasks"], plan.limit)
         model = HarnessModel(subject, progress=heard(progress))
         results = run_harness(model, loaded, limit=plan.limit)
-        return [task_run(name, results, model.truncated, seed=seed) for name in (*loaded["groups"], *loaded["tasks"])]
+        runs = [task_run(name, results, model.truncated, seed=seed) for name in (*loaded["groups"], *loaded["tasks"])]
+    return [run for run in runs if run.scores]  # most groups are not summed up
 
 
 def load_tasks(wanted: Wanted, folder: Path, *, seed: int) -> dict[str, Any]:

@@ -173,8 +173,8 @@ def sparsity(comparison: Comparison, signals: Measured) -> Drawing | None:
     parts: list[tuple[str, Callable[[Activations], Estimate]]] = [
         ("% exact zeros", lambda layer: scaled(layer.zero)),
         ("% near zero", lambda layer: scaled(layer.near_zero)),
-        ("% of neurons dead", lambda layer: Estimate(value=100 * layer.dead / max(1, layer.neurons))),
-        ("% of neurons nearly dead", lambda layer: Estimate(value=100 * layer.nearly_dead / max(1, layer.neurons))),
+        ("% dead neurons", lambda layer: Estimate(value=100 * layer.dead / max(1, layer.neurons))),
+        ("% nearly dead neurons", lambda layer: Estimate(value=100 * layer.nearly_dead / max(1, layer.neurons))),
     ]
     drawn = [(title, of) for title, of in parts if any(of(layer).value for _, layers in shown for layer in layers)]
     if not drawn:
@@ -192,7 +192,7 @@ def sparsity(comparison: Comparison, signals: Measured) -> Drawing | None:
     caption = (
         "What each MLP's down projection is given. Near zero: under 1 % of the root mean square of the same token's "
         "neurons. Dead: exactly zero at every token; nearly dead: never above 1 % of the layer's root mean square."
-        + (f" In no model and layer: {', '.join(empty)}." if empty else "")
+        + (f" Nowhere: {', '.join(empty)}." if empty else "")
     )
     models = named(comparison, [index for index, _ in shown])
     return Drawing("sparsity", SECTION, "Sparsity of the MLPs", caption, figure, models)

@@ -23,7 +23,7 @@ def draw(comparison: Comparison) -> list[Drawing | None]:
         for index, other in enumerate(comparison.others, 1)
         if other.difference.weights and other.difference.weights.parameters
     ]
-    maps = [(index, other, weights) for index, other, weights in shown if weights.tensors]
+    maps = [(index, other, weights) for index, other, weights in shown if any(map(level_of, weights.tensors))]
     alone = len(maps) == 1
     return [
         shared([(other, weights) for _, other, weights in shown]),
@@ -133,5 +133,5 @@ def draw_scale(axes: Any) -> None:
     axes.set_xticks([0.5, *range(2, len(HEAT))], ["equal", *(plain(step) for step in STEPS)])
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, labelsize=7)
     axes.set_xlabel("relative change")
