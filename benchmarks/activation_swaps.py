@@ -15,8 +15,9 @@ from pathlib import Path
 import neuroweave
 from neuroweave.checkpoint import import_checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
-from neuroweave.diagnose import Plan, Subject, compare
-from neuroweave.diagnose.report.verdict import bracketed
+from neuroweave.diagnose import Subject, compare
+from neuroweave.diagnose.report.numbers import bracketed
+from neuroweave.diagnose.variants import variant_plan
 from neuroweave.text import documents, read_documents
 
 RECIPES = ("silu-tanh-mlp", "automixed-relu-silu", "automixed-relu-gelu-silu", "phantom-mlp", "learned-mixture")
@@ -42,8 +43,8 @@ def main() -> None:
         folder = Path(scratch) / "model"
         import_checkpoint(arguments.model, folder)
         base = Subject(arguments.model, load_model(folder)[0], load_tokenizer(folder))
-        plan = Plan(tokens=arguments.tokens, window=arguments.window, speed=None, prompts=("The",), new_tokens=1)
-        found = compare(base, subjects(folder, arguments.recipes), text, plan=plan, together=False)
+        plan = variant_plan(tokens=arguments.tokens, window=arguments.window)
+        found = compare(base, subjects(folder, arguments.recipes), text, plan=plan)
     environment = found.environment
     print(
         f"{arguments.model}, {found.text.predictions} predictions, {found.text.units} passages, window {plan.window}; "

@@ -23,7 +23,8 @@ from neuroweave.checkpoint import import_checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.diagnose import Plan, Subject, compare
 from neuroweave.diagnose.environment import describe_environment
-from neuroweave.diagnose.report.verdict import bracketed
+from neuroweave.diagnose.report.numbers import bracketed
+from neuroweave.diagnose.variants import variant_plan
 from neuroweave.surgery.fusion.fuse import fuse_checkpoint
 from neuroweave.surgery.fusion.generated import generated_deltas
 from neuroweave.surgery.fusion.plan import FuseOptions
@@ -66,7 +67,7 @@ def measure(
     first = True
     for group in batches(variants):
         subjects = [make(variant) for variant in group]
-        found = compare(base, [subject for subject, _ in subjects], text, plan=plan, together=True)
+        found = compare(base, [subject for subject, _ in subjects], text, plan=plan)
         if first:
             print(f"| original | | {bracketed(found.base.perplexity)} | | | |")
             first = False
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
     parser.add_argument("--tokens", type=int, default=4096)
     arguments = parser.parse_args()
-    plan = Plan(tokens=arguments.tokens, window=512, speed=None, prompts=("The",), new_tokens=1)
+    plan = variant_plan(tokens=arguments.tokens, window=512)
     machine = describe_environment()
     print(f"{machine.cpu}, {machine.threads} threads, {machine.date[:10]}, {arguments.tokens} tokens, window 512")
     with tempfile.TemporaryDirectory() as name:

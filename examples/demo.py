@@ -48,10 +48,11 @@ def main() -> None:
     for name, activation in PATCHES.items():
         run("patch", original, out / name, "--mlp", activation, "--overwrite")
     run("compare", original, *(out / name for name in PATCHES), "--out", comparison, "--tokens", str(arguments.tokens),
-        "--window", str(WINDOW), "--overwrite")  # fmt: skip
+        "--window", str(WINDOW), "--no-sampling", "--overwrite")  # fmt: skip
 
     show_texts(comparison / "comparison.json")
-    shutil.copyfile(comparison / "report.html", out / "report.html")
+    for name in ("report.html", "comparison.json"):
+        shutil.copyfile(comparison / name, out / name)
     print(f"\nThe report: {out / 'report.html'}   ({time.perf_counter() - start:.0f} s)")
 
 

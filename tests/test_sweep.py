@@ -154,15 +154,11 @@ def test_a_grid_is_measured_as_by_hand(folder: Path, tmp_path: Path, capsys: pyt
     assert relu.perplexity.value / base.perplexity.value == pytest.approx(relu.perplexity_ratio.value, rel=1e-9)
     header, *rows = printed.out.splitlines()
     assert header.split() == ["settings", "perplexity", "ratio", "KL", "zeros", "near", "zeros", "frontier"]
-    assert rows[0].startswith("model (unchanged)")
-    kls = [
-        point.outcome.kl.value
-        for row in rows[1:]
-        for name, point in points.items()
-        if row.startswith(name + " ") and point.outcome
-    ]
-    assert len(kls) == 4
-    assert kls == sorted(kls)
+    assert rows[0].split()[:2] == ["model", "(unchanged)"]
+    by_kl = sorted((point.outcome.kl.value, name) for name, point in points.items() if point.outcome and name != BASE)
+    for number, (row, (_, name)) in enumerate(zip(rows[1:], by_kl, strict=True), start=1):
+        assert row.startswith(f"{number}  {name} ")
+        assert f"{number}  {name[:10]}" in (out / "sweep-perplexity.svg").read_text()
     figures = sorted(path.name for path in out.iterdir() if path.suffix in (".svg", ".png"))
     assert figures == [f"sweep-{name}.{kind}" for name in ("perplexity", "sparsity") for kind in ("png", "svg")]
 
@@ -190,6 +186,13 @@ def test_a_recipe_is_where_every_point_begins(folder: Path, tmp_path: Path) -> N
         {"site": "mlp", "activation": "relu", "layers": [1]},
     ]}  # fmt: skip
     assert point.outcome.kl.value == pytest.approx(by_hand(folder, lambda model: patch(model, made))["kl"], rel=1e-5)
+
+
+def test_too_few_units_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(folder, tmp_path / "p.jsonl", "--vary", "mlp.activation=relu", "--tokens", "60") == 0
+    assert "only 2 units of text: the intervals are likely too narrow" in capsys.readouterr().err
+    assert sweep(folder, tmp_path / "q.jsonl", "--vary", "mlp.activation=relu") == 0
+    assert "too narrow" not in capsys.readouterr().err
 
 
 def test_a_site_that_the_recipe_lacks_is_added() -> None:

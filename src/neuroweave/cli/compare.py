@@ -245,8 +245,8 @@ def print_summary(comparison: Comparison) -> None:
     """The table of all models, then the verdict on each."""
     from neuroweave.diagnose.report import verdict
 
-    for failure in comparison.failures:
-        note(f"{failure.model}: {failure.part} could not be measured: {failure.message}")
+    for sentence in verdict.unmeasured(comparison):
+        note(sentence)
     if not comparison.others:
         return
 

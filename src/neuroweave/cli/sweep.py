@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ measuring_options: list[Callable[[Any], Any]] = [
     click.option("--data", multiple=True, metavar="FILE|FOLDER", type=click.Path(path_type=Path),
                  help="A text file or a folder of them; may be repeated. Default: the shipped evaluation text."),
     click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens of text to measure on."),
-    click.option("--window", type=int, default=512, show_default=True, help="Tokens per forward pass."),
+    click.option("--window", type=int, default=256, show_default=True, help="Tokens per forward pass."),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                  show_default=True),
     click.option("--overwrite", is_flag=True, help="Begin the file of points anew."),
@@ -296,13 +297,22 @@ class Job:
 
     def run(self, changes: Sequence[Change]) -> list[Point]:
         """Measure what is not in the file yet; every point of the file, the least KL first, failures last."""
+        from neuroweave.diagnose.bootstrap import FEWEST_UNITS
+        from neuroweave.diagnose.results.sweep import BASE
+
         left = [change for change in changes if change.key not in self.file.points]
         if len(left) < len(changes):
             note(f"{len(changes) - len(left)} of {len(changes)} points are in {self.file.path} already")
+        units = self.file.heading.text.units
+        if units < FEWEST_UNITS:
+            note(
+                f"only {units} units of text: the intervals are likely too narrow; give more --tokens, or less --window"
+            )
         if left:
             self.measure(left)
-        points = list(self.file.points.values())
-        return sorted(points, key=lambda point: point.outcome.kl.value if point.outcome else float("inf"))
+        kls = {key: point.outcome.kl.value for key, point in self.file.points.items() if point.outcome}
+        order = sorted(self.file.points, key=lambda key: (kls.get(key, math.inf), key != BASE, key))
+        return [self.file.points[key] for key in order]
 
     def measure(self, changes: Sequence[Change]) -> None:
         from neuroweave.checkpoint.loading import load_model, load_tokenizer
@@ -365,15 +375,16 @@ def model_used(source: str, folder: Path, config: Any, dtype: str) -> ModelUsed:
 
 
 def print_points(points: Sequence[Point], fronts: Mapping[str, Sequence[str]]) -> None:
-    """A row a point, and the failures below."""
+    """A row a point, numbered as in the figures, and the failures below."""
+    from neuroweave.diagnose.report.frontier import numbered
     from neuroweave.diagnose.results.sweep import BASE
 
-    rows = []
+    numbers, rows = numbered(points), []
     for point in points:
         if point.outcome:
             name = f"{point.name} (unchanged)" if point.key == BASE else point.name
-            rows.append((name, *cells(point.outcome), ", ".join(fronts[point.key])))
-    print_table(("settings", "perplexity ratio", "KL", "zeros", "near zeros", "frontier"), rows)
+            rows.append((numbers.get(point.key, ""), name, *cells(point.outcome), ", ".join(fronts[point.key])))
+    print_table(("", "settings", "perplexity ratio", "KL", "zeros", "near zeros", "frontier"), rows)
     for point in points:
         if point.failure:
             note(f"{point.name}: could not be measured: {point.failure}")

@@ -274,6 +274,10 @@ class Experiment:
         """The continuations of the models that wrote any; none at all without the base's to compare with."""
         return [found.written for found in models if found.written] if self.base.written else []
 
+    def unread(self) -> list[str]:
+        """What of a model's layers could not be read."""
+        return [f"{name}: {note}" for name, found in self.found.items() if found.signal for note in found.signal.notes]
+
     def weigh_files(self) -> None:
         """Compare weights where every model came from a folder."""
         for found in [found for found in self.found.values() if found is not self.base and found.pair]:
@@ -294,7 +298,7 @@ class Experiment:
             generated=join_written(self.written_by_all([base, *measured]), base.profile.tokenizer),
             environment=describe_environment(),
             failures=self.failures,
-            notes=describe_limits(self.sample, plan, others, in_turns=in_turns),
+            notes=[*describe_limits(self.sample, plan, others, in_turns=in_turns), *self.unread()],
         )  # fmt: skip
 
 

@@ -148,7 +148,6 @@ def measure_variants(
             failure = str(error) or type(error).__name__
         experiment.found = {base.name: experiment.base}
         experiment.failures.clear()
-        experiment.base.tally = own
         yield Point(
             key=variant.key,
             name=variant.name,

@@ -10,13 +10,12 @@ from typing import Any
 from neuroweave.diagnose.report.figures import house_style
 from neuroweave.diagnose.report.figures.axes import fit_scale, layer_axis, new_axes, no_difference
 from neuroweave.diagnose.report.figures.drawing import INK, MUTED, SERIES, Drawing, save_drawing, shortened
-from neuroweave.diagnose.report.numbers import value_of
 from neuroweave.diagnose.results.records import Estimate
 from neuroweave.diagnose.results.sweep import BASE, Outcome, Point, RankedLayer
 
 SECTION = "Sweep"
-MOST_LABELS = 12  # with more points only those of the frontier are named
-LABEL_GAP = 3.0  # units of 1/72 inch between two names
+MOST_NAMED = 24  # with more points only those of the frontier are numbered and named
+ROW = 0.17  # inches of a row of names
 
 
 def save_frontiers(
@@ -92,8 +91,10 @@ def draw_frontier(
     fit_scale(axes, "y", heights)
     axes.set_xlabel("KL(unchanged || changed), nats per token")
     axes.set_title(label)
-    named = [point for point in shown if len(shown) <= MOST_LABELS or point.key in front]
-    place_labels(axes, [(kls[point.key].value, values[point.key].value, point.name) for point in named])
+    numbers = numbered(points)
+    named = [point for point in shown if len(shown) <= MOST_NAMED or point.key in front]
+    place_numbers(axes, [(kls[point.key].value, values[point.key].value, numbers[point.key]) for point in named])
+    list_names(figure, {numbers[point.key]: point for point in named})
     left_out = [point.name for point in points if point.key != BASE and point not in shown]
     caption = (
         "Each dot is a change, with 95 % intervals; filled: no other is better in both. Dashed: the unchanged model."
@@ -112,32 +113,44 @@ def draw_interval(axes: Any, x: Estimate, y: Estimate, colour: str) -> None:
         axes.plot([x.value, x.value], [y.low, y.high], color=colour, linewidth=1.1, alpha=0.6)
 
 
-def place_labels(axes: Any, labels: Iterable[tuple[float, float, str]]) -> None:
-    """A name beside each (x, y), towards the middle of the axes, moved up where it would stand on another."""
+def numbered(points: Sequence[Point]) -> dict[str, int]:
+    """Key -> number: the changes by KL, the least first, as in the table."""
+    known = sorted((point.outcome.kl.value, point.key) for point in points if point.outcome and point.key != BASE)
+    return {key: number for number, (_, key) in enumerate(known, start=1)}
+
+
+def place_numbers(axes: Any, places: Iterable[tuple[float, float, int]]) -> None:
+    """A number above each (x, y), and above the numbers that stand there already."""
     figure = axes.figure
+    axes.margins(0.06, 0.14)
     figure.draw_without_rendering()
-    middle = axes.transAxes.transform((0.5, 0.5))[0]
-    placed: list[Any] = []
-    for x, y, name in sorted(labels, key=lambda label: label[1]):
-        left = axes.transData.transform((x, y))[0] > middle
+    boxes: list[Any] = []
+    for x, y, number in sorted(places, key=lambda place: place[1]):
         text = axes.annotate(
-            shortened(name, 34),
-            (x, y),
-            xytext=(-6 if left else 6, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            fontsize=7.5,
-            color=INK,
+            str(number), (x, y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK
         )
-        for _ in range(len(placed) + 1):
-            box = text.get_window_extent().padded(LABEL_GAP / 2)
-            below = [other for other in placed if other.overlaps(box)]
-            if not below:
-                break
-            lift = (max(other.y1 for other in below) - box.y0) * 72 / figure.dpi
-            text.set_position((text.get_position()[0], text.get_position()[1] + lift + 0.1))
-        placed.append(text.get_window_extent().padded(LABEL_GAP / 2))
+        while below := [box for box in boxes if box.overlaps(text.get_window_extent())]:
+            lift = max(box.y1 for box in below) - text.get_window_extent().y0
+            text.set_position((0, text.get_position()[1] + lift * 72 / figure.dpi + 0.5))
+        boxes.append(text.get_window_extent())
+
+
+def list_names(figure: Any, named: Mapping[int, Point]) -> None:
+    """What the numbers mean, in two columns below; one key that all points vary is told once."""
+    from matplotlib.lines import Line2D
+
+    keys = {tuple(point.settings) for point in named.values()}
+    one = next(iter(keys)) if len(keys) == 1 else ()
+    key = one[0] if len(one) == 1 else None
+    names = [
+        f"{number}  {shortened(str(point.settings[key]) if key else point.name, 38)}"
+        for number, point in sorted(named.items())
+    ]
+    figure.set_figheight(figure.get_figheight() + ROW * (-(-len(names) // 2) + (key is not None)))
+    figure.legend(
+        [Line2D([], [], linestyle="none") for _ in names], names, loc="outside lower left", ncols=2, frameon=False,
+        fontsize=8, handlelength=0, handletextpad=0, title=key, title_fontsize=8, alignment="left",
+    )  # fmt: skip
 
 
 def sensitivity(ranking: Sequence[RankedLayer], stem: str, label: str) -> Drawing | None:
@@ -150,16 +163,17 @@ def sensitivity(ranking: Sequence[RankedLayer], stem: str, label: str) -> Drawin
         low, high = (layer.kl.value if end is None else end for end in (layer.kl.low, layer.kl.high))
         axes.plot([layer.layer, layer.layer], [low, high], color=SERIES[1], linewidth=2.2)
     axes.plot([layer.layer for layer in shown], [layer.kl.value for layer in shown], "o", color=SERIES[1], markersize=4)
+    axes.margins(y=0.12)
     fit_scale(axes, "y", [layer.kl.value for layer in shown], from_zero=True)
     for layer in sorted(shown, key=lambda layer: layer.rank)[:3]:
         high = layer.kl.value if layer.kl.high is None else layer.kl.high
         axes.annotate(
-            f"{layer.layer}: {value_of(layer.kl)}",
+            str(layer.layer),
             (layer.layer, high),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
-            fontsize=7.5,
+            fontsize=8,
             color=INK,
         )
     layer_axis(axes, "the one layer that is changed", count=max(layer.layer for layer in shown) + 1)
