@@ -565,7 +565,7 @@ def test_refused_before_the_model_is_loaded(
     words: list[str], told: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("refused before the model is loaded"))
-    out = tmp_path / "points.jsonl"
+    out = tmp_path / "out"
     data = ["--data", folder / "texts"] if "--data" not in words else []
     assert run("sweep", folder / "model", "--out", out, *data, *QUICK, *words) == 2
     assert told in capsys.readouterr().err

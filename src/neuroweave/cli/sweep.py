@@ -345,12 +345,13 @@ def make_plan(tokens: int, window: int) -> Plan:
 
 
 def points_path(out: Path, kind: str) -> Path:
-    """The file of points that `--out` means; a folder is made."""
+    """The file of points that `--out` means. Raises ValueError for an output that cannot be it."""
     if out.suffix == ".jsonl":
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: not the name of a file in a folder that exists")
         return out
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file whose name does not end in .jsonl; name a folder, or a .jsonl file")
-    out.mkdir(parents=True, exist_ok=True)
     return out / f"{kind}.jsonl"
 
 

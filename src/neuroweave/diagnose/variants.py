@@ -113,7 +113,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     """A folder for the unchanged model's hidden states, gone at the end whatever happens."""
     folder = path.with_name(f".{path.name}.scratch")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:

@@ -124,8 +124,8 @@ class PointsFile:
         self.path, self.heading = path, heading
         self.points: dict[str, Point] = {}
         self._sound: int | None = None  # bytes of whole lines; None: the file is to be begun
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"{path}: not the name of a file in a folder that exists")
+        if path.is_dir():
+            raise ValueError(f"{path}: a folder; name a file")
         if path.is_file() and path.stat().st_size and not overwrite:
             self._read()
 
@@ -186,6 +186,7 @@ class PointsFile:
 
     def _begin(self) -> None:
         line = (self.heading.model_dump_json() + "\n").encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             partial.write_bytes(line)
