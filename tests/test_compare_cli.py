@@ -179,7 +179,7 @@ def test_a_broken_model_is_named_and_the_rest_is_written(
     words = [folder / "base", folder / "other", tmp_path / "broken", "--data", folder / "texts", *QUICK, *LESS]
     assert run(*words, "--out", out) == 1
     error = capsys.readouterr().err
-    assert "broken: prediction could not be measured: broken gives logits that are not numbers" in error
+    assert "broken: Not measured (prediction): broken gives logits that are not numbers" in error
     assert "the output of layer 2" in error
     assert [other.model.name for other in Comparison.read(out / "comparison.json").others] == ["other"]
     assert (
