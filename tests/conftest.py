@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def _imported(folder: Path, gguf: Path, max_shard_size: str = "2GB") -> Path:
         if not folder.exists():
             import_checkpoint(gguf, folder, max_shard_size=max_shard_size)
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
