@@ -400,8 +400,8 @@ def cells(outcome: Outcome) -> tuple[str, ...]:
 
 
 def percentage(share: float) -> str:
-    """`50.8 %`; 0 % only where it is exact."""
-    return f"{100 * share:.1f} %" if share >= 0.0005 else "0 %" if share == 0 else "<0.1 %"
+    """`50.8 %`; `0 %` where it is exact, `0.0 %` where it is not."""
+    return f"{100 * share:.1f} %" if share else "0 %"
 
 
 # ---------------------------------------------------------------------------------------------------- fusing in memory

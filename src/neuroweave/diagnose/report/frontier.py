@@ -80,7 +80,8 @@ def draw_frontier(
         colour = SERIES[1] if point.key in front else MUTED
         draw_interval(axes, x, y, colour)
         face = colour if point.key in front else "white"
-        axes.plot(x.value, y.value, "o", color=colour, markerfacecolor=face, markersize=5, zorder=3)
+        order = 4 if point.key in front else 3
+        axes.plot(x.value, y.value, "o", color=colour, markerfacecolor=face, markersize=5, zorder=order)
     best = sorted((kls[point.key].value, values[point.key].value) for point in shown if point.key in front)
     axes.plot([x for x, _ in best], [y for _, y in best], color=SERIES[1], linewidth=1, zorder=2)
     heights = [values[point.key].value for point in shown]
