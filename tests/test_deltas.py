@@ -120,7 +120,11 @@ def test_activations(tmp_path, stated, name):
 
 
 def test_a_patched_checkpoint_has_activations_by_layer(tmp_path):
-    edits = [{"op": "activation", "layers": [layer], "activation": name} for layer, name in ((0, "gelu"), (2, "relu2"))]
+    path = "model.layers.{}.mlp.act_fn"
+    edits = [
+        {"op": "activation", "path": path, "layers": [layer], "activation": name}
+        for layer, name in ((0, "gelu"), (2, "relu2"))
+    ]
     entry = {"version": 1, "recipe": {"name": "r"}, "plan": edits, "base": {"model_type": "llama", "architectures": []}}
     sealed = seal({"model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN, "neuroweave": entry}, ["silu"])
     folder = make_target(tmp_path / "t", LAYERS, sealed)

@@ -53,7 +53,8 @@ class _Registrar:
 
     @staticmethod
     def register() -> None:
-        import neuroweave.surgery.modeling  # noqa: F401  (registers at the end of its import)
+        import neuroweave.neuroblast.modeling
+        import neuroweave.surgery.modeling  # noqa: F401  (both register at the end of their import)
 
 
 if _Registrar.name in sys.modules:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuroweave.checkpoint.header import DTYPE_NAMES
+from neuroweave.checkpoint.header import DTYPE_NAMES, TensorSpec
 from neuroweave.checkpoint.layers import MLP, attention_kind, find_embedding, find_mlps, find_stacks, has_head
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.sealed import KEY, unseal
@@ -39,7 +39,7 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 {
                     "layer": number,
                     "mlp": [_mlp(mlp) for mlp in mlps],
-                    "activation": activation_after(plan, number, activation) if mlps else None,
+                    "activation": activation_after(plan, place_in_list(layer), activation) if mlps else None,
                     "attention": attention_kind(number, layer, text),
                     "parameters": sum(tensor.parameters for tensor in layer.values()),
                 }
@@ -104,10 +104,17 @@ def activation_name(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def activation_after(plan: Sequence[Mapping[str, Any]], layer: int, base: str | None) -> Any:
-    """The MLP activation of a layer after a recipe's plan: what was put in its place, else the base model's."""
+def place_in_list(layer: Mapping[str, TensorSpec]) -> str:
+    """The list that a layer is in and its number there, from its tensors' names: `layers.3`."""
+    rest, tensor = next(iter(layer.items()))
+    return ".".join(tensor.name.removesuffix(f".{rest}").split(".")[-2:])
+
+
+def activation_after(plan: Sequence[Mapping[str, Any]], layer: str, base: str | None) -> Any:
+    """The MLP activation of a layer (`layers.3`) after a recipe's plan: what was put in its place, else the base's."""
     for edit in plan:
-        if edit.get("op") == "activation" and layer in edit.get("layers", ()):
+        listed = edit.get("path", "").partition(".{}")[0].rpartition(".")[2]
+        if edit.get("op") == "activation" and layer in (f"{listed}.{number}" for number in edit.get("layers", ())):
             return edit.get("activation")
     return base
 

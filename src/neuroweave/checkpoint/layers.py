@@ -13,7 +13,11 @@ from typing import Any
 
 from neuroweave.checkpoint.header import TensorSpec
 
-_NUMBERED = re.compile(r"^(?P<stack>(?:.+?\.)?(?:layers?|h|blocks?|decoder_layers?))\.(?P<number>\d+)\.(?P<rest>.+)$")
+# lists of layers that follow one another in a decoder of several stages, whose layers are counted through
+_STAGES = ("sensory_layers", "associative_layers", "motor_layers")
+_NUMBERED = re.compile(
+    rf"^(?P<stack>(?:.+?\.)?(?:layers?|h|blocks?|decoder_layers?|{'|'.join(_STAGES)}))\.(?P<number>\d+)\.(?P<rest>.+)$"
+)
 _OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|video|\bvit\b|perceiver|projector|\bmtp\b")
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|token_embd|tokens_embed|embeddings|embed|shared)\.weight$"
@@ -97,7 +101,30 @@ def find_stacks(tensors: Iterable[TensorSpec]) -> list[Stack]:
         if match := _NUMBERED.match(tensor.name):
             stack = stacks.setdefault(match["stack"], Stack(match["stack"]))
             stack.layers.setdefault(int(match["number"]), {})[match["rest"]] = tensor
-    return sorted(stacks.values(), key=lambda stack: (bool(_OTHER_SENSES.search(stack.prefix)), -stack.parameters))
+    joined = _join_stages(stacks)
+    return sorted(joined.values(), key=lambda stack: (bool(_OTHER_SENSES.search(stack.prefix)), -stack.parameters))
+
+
+def _join_stages(stacks: dict[str, Stack]) -> dict[str, Stack]:
+    """The stages of a decoder as one stack, `model.{sensory,associative,motor}_layers`, counted through."""
+    joined: dict[str, Stack] = {}
+    for path, stack in sorted(stacks.items(), key=lambda item: _stage_number(item[0])):
+        parent, _, name = path.rpartition(".")
+        if name not in _STAGES:
+            joined[path] = stack
+            continue
+        prefix = (
+            f"{parent}{'.' if parent else ''}{{{','.join(stage.removesuffix('_layers') for stage in _STAGES)}}}_layers"
+        )
+        whole = joined.setdefault(prefix, Stack(prefix))
+        before = max(whole.layers, default=-1) + 1
+        whole.layers.update({before + number: layer for number, layer in stack.layers.items()})
+    return joined
+
+
+def _stage_number(path: str) -> int:
+    name = path.rpartition(".")[2]
+    return _STAGES.index(name) if name in _STAGES else -1
 
 
 def find_embedding(tensors: Iterable[TensorSpec]) -> TensorSpec | None:

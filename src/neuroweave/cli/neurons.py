@@ -216,7 +216,7 @@ def chosen_layers(text: str | None, model: Any) -> list[int] | None:
     from neuroweave.surgery.recipe import layer_selection, select_layers
     from neuroweave.surgery.sites import decoder_stacks
 
-    return select_layers(layer_selection(text), len(decoder_stacks(model)[0][1]))
+    return select_layers(layer_selection(text), len(decoder_stacks(model)[0]))
 
 
 def finish(

@@ -1,16 +1,9 @@
-"""One self-contained Python file out of the modules that a patched checkpoint needs, for `trust_remote_code`.
-
-The formulas, the mixtures and the code that applies a plan exist once, in the package; the file in the checkpoint is
-made from them, so the two cannot drift apart.
-"""
+"""The modules that a patched checkpoint carries in one file, for `trust_remote_code`."""
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib.resources
-
-from neuroweave import __version__
+from neuroweave.checkpoint.self_contained import join_modules
+from neuroweave.neuroblast import bundle as neuroblast
 
 MODULES = (
     ("activations", "formulas.py"),
@@ -20,32 +13,10 @@ MODULES = (
     ("surgery", "apply.py"),
     ("surgery", "modeling.py"),
 )
-# not needed at run time: annotations are never evaluated, and the package's own names are all in this file
-DROPPED_IMPORTS = ("neuroweave", "jaxtyping", "__future__")
 
 
-@functools.cache
-def bundle() -> str:
-    """The modelling file: the modules' sources one after the other, their imports of each other left out."""
-    parts = [
-        f'"""Made by neuroweave {__version__}: what AutoModel needs to load this checkpoint without the package.\n\n'
-        f'Apache-2.0. Joined from the package\'s own modules; edit those, not this file.\n"""\n',
-        "from __future__ import annotations\n",
-    ]
-    for folder, name in MODULES:
-        source = importlib.resources.files("neuroweave").joinpath(folder, name).read_text()
-        parts.append(f"\n# {'-' * 30} neuroweave/{folder}/{name}\n\n{without_own_imports(source)}")
-    return "\n".join(parts)
-
-
-def without_own_imports(source: str) -> str:
-    """The source less its module docstring and its top-level imports from `DROPPED_IMPORTS`."""
-    tree = ast.parse(source)
-    lines = source.splitlines(keepends=True)
-    for index, node in enumerate(tree.body):
-        docstring = index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        dropped = isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in DROPPED_IMPORTS
-        if docstring or dropped:
-            for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[number] = ""
-    return "".join(lines).strip() + "\n"
+def bundle(model_type: str = "") -> str:
+    """The modelling file of a patched checkpoint; `model_type`: what was patched, whose code comes along if ours."""
+    if model_type == neuroblast.MODEL_TYPE:
+        return join_modules((*neuroblast.MODULES, *MODULES), ending="register_neuroblast()")
+    return join_modules(MODULES)

@@ -46,7 +46,7 @@ class PatchedConfig:
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        (Path(save_directory) / MODELING_FILE).write_text(modeling_source())
+        (Path(save_directory) / MODELING_FILE).write_text(modeling_source(self.neuroweave["base"]["model_type"]))
 
 
 class NeuroweaveConfig(PreTrainedConfig):
@@ -226,15 +226,18 @@ class NeuroweaveForCausalLM(NeuroweaveModel):
     auto: type = AutoModelForCausalLM
 
 
-def modeling_source() -> str:
-    """The text of the self-contained modelling file: this file itself when it is one, else bundled from the package."""
+def modeling_source(model_type: str) -> str:
+    """The text of the self-contained modelling file: this file itself when it is one, else bundled from the package.
+
+    `model_type`: of the model that was patched.
+    """
     if Path(__file__).name == MODELING_FILE:
         return Path(__file__).read_text()
     try:  # inside `try`, transformers does not count the import as a requirement of a checkpoint's code
         from neuroweave.surgery.bundle import bundle
     except ImportError as error:
         raise ImportError(f"{MODELING_FILE} cannot be written without the neuroweave package") from error
-    return bundle()
+    return bundle(model_type)
 
 
 def register() -> None:

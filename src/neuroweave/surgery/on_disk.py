@@ -81,7 +81,7 @@ def patch_checkpoint(
         (folder / "config.json").write_text(
             json.dumps(seal(plain | {KEY: entry}, ACT2CLS), indent=2) + "\n", encoding="utf-8"
         )
-        (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+        (folder / MODELING_FILE).write_text(modeling_source(model_type), encoding="utf-8")
         total = len(checkpoint.shards)
     parameters = sum(tensor.numel() for tensor in added.values())
     return PatchedFolder(Path(out), resolution, linked, total - linked, parameters, left_out)

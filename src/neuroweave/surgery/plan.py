@@ -31,7 +31,7 @@ def resolve(model: PreTrainedModel, recipe: Recipe) -> Resolution:
     """
     places = find_sites(model)
     stacks = decoder_stacks(model)
-    count = max(len(layers) for _, layers in stacks)
+    count = max(map(len, stacks))
     chosen: dict[Place, ActivationSpec] = {}
     left_out: list[str] = []
     for edit in recipe.sites:
@@ -55,7 +55,7 @@ def resolve(model: PreTrainedModel, recipe: Recipe) -> Resolution:
     for place in chosen:
         numbers.setdefault(place.site, set()).add(place.layer)
     return Resolution(
-        plan=grouped(edits, [path for path, _ in stacks]),
+        plan=grouped(edits, [path for stack in stacks for path, _ in stack]),
         layers={site: len(found - {None}) for site, found in numbers.items()},
         left_out=sorted(set(left_out)),
     )
@@ -173,14 +173,16 @@ def neutral_member(members: list[Any], original: str) -> int | None:
     return None
 
 
-def grouped(edits: list[Edit], stacks: list[str]) -> Plan:
-    """Edits that differ in the layer number alone, as one with a list of layers."""
+def grouped(edits: list[Edit], layers: list[str]) -> Plan:
+    """Edits that differ in the layer number alone, as one with a list of layers. `layers`: paths of all layers."""
     groups: dict[str, Edit] = {}
     for edit in edits:
         number = edit.pop("layer")
         if number is not None:
-            stack = next(path for path in stacks if edit["path"].startswith(f"{path}.{number}"))
-            edit["path"] = f"{stack}.{{}}" + edit["path"].removeprefix(f"{stack}.{number}")
+            layer = next(path for path in layers if f"{edit['path']}.".startswith(f"{path}."))
+            stack, _, index = layer.rpartition(".")
+            number = int(index)  # in its list: a decoder of several stages has several
+            edit["path"] = f"{stack}.{{}}" + edit["path"].removeprefix(layer)
         key = json.dumps(edit, sort_keys=True)
         group = groups.setdefault(key, edit | ({"layers": []} if number is not None else {}))
         if number is not None:

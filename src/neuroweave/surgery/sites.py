@@ -89,9 +89,9 @@ def find_sites(model: PreTrainedModel) -> dict[str, list[Place]]:
     stacks = decoder_stacks(model)
     places = [
         place
-        for path, layers in stacks
-        for number, layer in enumerate(layers)
-        for place in layer_places(model, layer, number, f"{path}.{number}")
+        for stack in stacks
+        for number, (path, layer) in enumerate(stack)
+        for place in layer_places(model, layer, number, path)
     ]
     places += model_places(model, stacks)
     once: dict[tuple[Any, ...], Place] = {}
@@ -102,8 +102,12 @@ def find_sites(model: PreTrainedModel) -> dict[str, list[Place]]:
     return {site: chosen for site, chosen in found.items() if any(place.op for place in chosen)}
 
 
-def decoder_stacks(model: PreTrainedModel) -> list[tuple[str, list[nn.Module]]]:
-    """(path, layers) of the list of decoder layers with the most parameters, and of other lists of the same blocks."""
+def decoder_stacks(model: PreTrainedModel) -> list[list[tuple[str, nn.Module]]]:
+    """(path, layer) of each decoder layer, in order; and of other lists of the same blocks.
+
+    The decoder layers are the list with the most parameters, or lists that follow one another as a decoder's stages:
+    side by side, and together as many as the config says.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
@@ -113,14 +117,27 @@ def decoder_stacks(model: PreTrainedModel) -> list[tuple[str, list[nn.Module]]]:
         and any(True for _ in module.parameters())
         and not any(word in names[id(module)].lower() for word in SIDE_PATHS)
     ]
-    lists = [module for module in lists if len(module) == count] or lists
+    whole = [module for module in lists if len(module) == count]
+    if not whole and (stages := staged_lists(lists, names, count)):
+        return [[pair for module in stages for pair in layer_paths(module, names)]]
+    lists = whole or lists
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers that could be found by structure")
     best = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
     kinds = {type(layer) for layer in best}
     alike = [module for module in lists if module is best or {type(layer) for layer in module} == kinds]
     outer = [module for module in alike if not any(module in set(other.modules()) - {other} for other in alike)]
-    return [(names[id(module)], list(module)) for module in outer]
+    return [layer_paths(module, names) for module in outer]
+
+
+def staged_lists(lists: list[nn.ModuleList], names: dict[int, str], count: int | None) -> list[nn.ModuleList]:
+    """The lists beside the first one, where they have `count` layers together; else none."""
+    beside = [each for each in lists if names[id(each)].rpartition(".")[0] == names[id(lists[0])].rpartition(".")[0]]
+    return beside if len(beside) > 1 and sum(map(len, beside)) == count else []
+
+
+def layer_paths(layers: nn.ModuleList, names: dict[int, str]) -> list[tuple[str, nn.Module]]:
+    return [(f"{names[id(layers)]}.{index}", layer) for index, layer in enumerate(layers)]
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
@@ -300,10 +317,10 @@ def qkv_parts(model: PreTrainedModel, name: str, sizes: tuple[int, int]) -> dict
 # ------------------------------------------------------------------------------------------------ embedding and head
 
 
-def model_places(model: PreTrainedModel, stacks: list[tuple[str, list[nn.Module]]]) -> Iterator[Place]:
+def model_places(model: PreTrainedModel, stacks: list[list[tuple[str, nn.Module]]]) -> Iterator[Place]:
     hidden = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
     if len(stacks) == 1:  # with several stacks, no one layer is where the embeddings go in
-        yield Place("embedding", "layer_input", f"{stacks[0][0]}.0", None, hidden, "identity")
+        yield Place("embedding", "layer_input", stacks[0][0][0], None, hidden, "identity")
     head = model.get_output_embeddings()
     if head is not None and (sizes := linear_sizes(head)):
         path = next(name for name, module in model.named_modules() if module is head)

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from neuroweave.checkpoint.describe import activation_after, activation_name, activation_text, base_config, text_config
+from neuroweave.checkpoint.describe import (
+    activation_after,
+    activation_name,
+    activation_text,
+    base_config,
+    place_in_list,
+    text_config,
+)
 from neuroweave.checkpoint.header import DTYPE_NAMES, TensorSpec
 from neuroweave.checkpoint.layers import GatedProjections, attention_kind, find_projections, find_stacks
 from neuroweave.checkpoint.manifest import fingerprints
@@ -235,7 +242,7 @@ class _Target:
 
     def activation(self, layer: int) -> str:
         """The activation of a layer by its name in `formulas`. Raises ValueError where pairs are not odd with it."""
-        stated = activation_after(self._plan, layer, self._base)
+        stated = activation_after(self._plan, place_in_list(self._layers[layer]), self._base)
         if stated is None:
             raise ValueError(f"{self.folder}: config.json states no activation (hidden_act), which the pairs depend on")
         name = ACTIVATIONS.get(stated) if isinstance(stated, str) else None
