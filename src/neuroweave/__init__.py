@@ -54,7 +54,8 @@ class _Registrar:
     @staticmethod
     def register() -> None:
         import neuroweave.neuroblast.modeling
-        import neuroweave.surgery.modeling  # noqa: F401  (both register at the end of their import)
+        import neuroweave.neuroblast.published
+        import neuroweave.surgery.modeling  # noqa: F401  (they register at the end of their import)
 
 
 if _Registrar.name in sys.modules:

@@ -113,9 +113,8 @@ def _join_stages(stacks: dict[str, Stack]) -> dict[str, Stack]:
         if name not in _STAGES:
             joined[path] = stack
             continue
-        prefix = (
-            f"{parent}{'.' if parent else ''}{{{','.join(stage.removesuffix('_layers') for stage in _STAGES)}}}_layers"
-        )
+        stages = ",".join(stage.removesuffix("_layers") for stage in _STAGES)
+        prefix = f"{parent}." * bool(parent) + f"{{{stages}}}_layers"
         whole = joined.setdefault(prefix, Stack(prefix))
         before = max(whole.layers, default=-1) + 1
         whole.layers.update({before + number: layer for number, layer in stack.layers.items()})

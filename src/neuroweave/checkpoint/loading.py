@@ -41,10 +41,11 @@ def load_model(
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `source`. Raises ValueError when there is none."""
+    """The tokenizer in `source`, a checkpoint or a tokenizer's own folder. Raises ValueError when there is none."""
     from transformers import AutoTokenizer
 
-    check_source(source)
+    if not (Path(source) / "tokenizer_config.json").is_file():
+        check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +21,10 @@ def command(model: str, as_json: bool) -> None:
     from neuroweave.checkpoint.describe import activation_text, describe_checkpoint, layer_groups
     from neuroweave.checkpoint.hub import local_folder
 
-    found = describe_checkpoint(local_folder(model))
+    folder = local_folder(model)
+    found = describe_checkpoint(folder)
+    if found["model_type"] == "neuroblast":
+        _show_plan(folder, found["layers"])
     if as_json:
         print_json(found)
         return
@@ -40,6 +44,18 @@ def command(model: str, as_json: bool) -> None:
         note(f"also holds {prefix}: {stack['layers']} layers, {_count(stack['parameters'])} parameters")
     if found["orphans"]:
         note(f"{len(found['orphans'])} tensors are in a shard but not in the index: {', '.join(found['orphans'][:5])}")
+
+
+def _show_plan(folder: Path, layers: list[dict[str, Any]]) -> None:
+    """What the plan of a NeuroBLAST model says of each layer, in place of what tensor names tell."""
+    from neuroweave.checkpoint.describe import base_config
+    from neuroweave.checkpoint.reader import read_config
+    from neuroweave.neuroblast.layer_plan import plan_layers
+
+    planned = {layer.number: layer for layer in plan_layers(base_config(read_config(folder))[0])}
+    for layer in layers:
+        if plan := planned.get(layer["layer"]):
+            layer |= {"stage": plan.stage, "name": plan.name, "attention": f"{plan.stage}: {plan}"}
 
 
 def _show_recipe(recipe: dict[str, Any], base: str, text: Any) -> None:

@@ -1,12 +1,11 @@
 """The configuration of a NeuroBLAST model: what a person may say, and what is refused."""
 
-from __future__ import annotations
-
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -22,6 +21,7 @@ NEUROBLAST_CLASSES = {
 WITHOUT_EFFECT = ("energy_dim", "attention_every", "temporal_kernel_size")
 
 
+@no_type_check  # `strict` checks the types itself, of fields that transformers' own constructor takes
 @strict
 class NeuroBlastConfig(PreTrainedConfig):
     """A hybrid of attention and dilated causal convolutions in three stages; the defaults are the published model's.
@@ -129,14 +129,15 @@ class NeuroBlastConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         """Refuse what cannot be built, by name. Raises ValueError."""
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        for name in (*positive, "head_dim", "kernel_size", "max_dilation", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        counts = {stage: getattr(self, f"num_{stage}_layers") for stage in STAGES}
-        for stage, count in counts.items():
-            if count < 0:
-                raise ValueError(f"num_{stage}_layers must not be negative, got {count}")
-        if not any(counts.values()):
+        counts = [f"num_{stage}_layers" for stage in STAGES]
+        for name in (*positive, "head_dim", "kernel_size", "max_dilation", "max_position_embeddings", *counts):
+            value, least = getattr(self, name), 0 if name in counts else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("scale", "dropout", "attention_dropout"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not any(getattr(self, name) for name in counts):
             raise ValueError("all stages have 0 layers; give at least one of them a layer")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary positions turn pairs of channels), got {self.head_dim}")
@@ -174,6 +175,14 @@ class NeuroBlastConfig(PreTrainedConfig):
         if self.scale >= 1:
             return int(self.hidden_size * self.scale)
         return max(int(self.hidden_size * self.scale), self.hidden_size // 4, 1)
+
+
+def build_configuration(fields: dict[str, Any]) -> NeuroBlastConfig:
+    """The configuration with these fields. Raises ValueError, in one line, for what does not fit."""
+    try:
+        return NeuroBlastConfig.from_dict(fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def neuroblast_source() -> str:

@@ -26,20 +26,25 @@ def by_conv1d(x_BCS: Tensor, weight_DCK: Tensor, dilation: int) -> Tensor:
 def by_unfolding(x_BCS: Tensor, weight_DCK: Tensor, dilation: int) -> Tensor:
     """[B, T, D] by one matrix product with the columns that the taps meet, side by side (K inputs of memory)."""
     D, C, K = weight_DCK.shape
-    x_BCTK = x_BCS.unfold(-1, (K - 1) * dilation + 1, 1)[..., ::dilation]
-    x_BTCK = x_BCTK.permute(0, 2, 1, 3).flatten(2)
-    return functional.linear(x_BTCK, weight_DCK.reshape(D, C * K))
+    x_BTCK = torch.stack(shifted_inputs(x_BCS, K, dilation), dim=-1)
+    return functional.linear(x_BTCK.flatten(2), weight_DCK.reshape(D, C * K))
 
 
 def by_shifting(x_BCS: Tensor, weight_DCK: Tensor, dilation: int) -> Tensor:
     """[B, T, D] by a matrix product for each tap, on the input shifted to it."""
-    taps = weight_DCK.shape[-1]
+    weight_KDC = weight_DCK.permute(2, 0, 1).contiguous()  # a product with a strided weight copies it, too, and slower
+    first, *others = shifted_inputs(x_BCS, weight_DCK.shape[-1], dilation)
+    y_BTD = functional.linear(first, weight_KDC[0])
+    for x_BTC, weight_DC in zip(others, weight_KDC[1:], strict=True):
+        y_BTD = y_BTD + functional.linear(x_BTC, weight_DC)
+    return y_BTD
+
+
+def shifted_inputs(x_BCS: Tensor, taps: int, dilation: int) -> list[Tensor]:
+    """For each tap the columns [B, T, C] that it meets."""
     tokens = x_BCS.shape[-1] - (taps - 1) * dilation
     x_BSC = x_BCS.transpose(1, 2)
-    y_BTD = functional.linear(x_BSC[:, :tokens], weight_DCK[..., 0])
-    for tap in range(1, taps):
-        y_BTD = y_BTD + functional.linear(x_BSC[:, tap * dilation : tap * dilation + tokens], weight_DCK[..., tap])
-    return y_BTD
+    return [x_BSC[:, tap * dilation : tap * dilation + tokens] for tap in range(taps)]
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {

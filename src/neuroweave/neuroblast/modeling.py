@@ -24,6 +24,7 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -232,6 +233,10 @@ class NeuroBlastAttentionLayer(NeuroBlastLayer):
         return hidden_states if bridge is None else hidden_states + bridge
 
 
+class BackProjection(nn.Linear):
+    """From a narrow convolution's channels to the hidden size: a 1 x 1 convolution in the published model."""
+
+
 class NeuroBlastConvolutionLayer(NeuroBlastLayer):
     """x + dropout(norm_out(f(norm_in(x)))); f: a causal dilated convolution, gated at scale 2, narrow below 1."""
 
@@ -244,7 +249,7 @@ class NeuroBlastConvolutionLayer(NeuroBlastLayer):
         self.conv = CausalConvolution(config.hidden_size, channels, config.kernel_size, planned.dilation)
         self.norm_out = NeuroBlastRMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.scale < 1:
-            self.proj_back = nn.Linear(channels, config.hidden_size, bias=False)
+            self.proj_back = BackProjection(channels, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -291,17 +296,41 @@ class NeuroBlastPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": NeuroBlastLayer, "attentions": NeuroBlastAttention}  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', but a checkpoint that lacks tensors or has others is refused by name."""
+        wanted = kwargs.pop("output_loading_info", False)
+        any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+        model, info = loaded
+        others = {name for name in info["unexpected_keys"] if cls is not NeuroBlastModel or "lm_head" not in name}
+        shapes = [f"{name} {list(came)}, expected {list(fits)}" for name, came, fits in info["mismatched_keys"]]
+        for what, found in (
+            ("lacks", info["missing_keys"] - {name for name, *_ in info["mismatched_keys"]}),
+            ("has tensors that the model has not:", others),
+            ("has tensors of another shape:", [] if any_shape else shapes),
+        ):
+            if found:
+                listed = sorted(found)
+                more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+                raise ValueError(f"{pretrained_model_name_or_path}: {what} {', '.join(listed[:3])}{more}")
+        return loaded if wanted else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal(0, initializer_range), and uniform convolutions with the bound of the published K x K kernel."""
-        super()._init_weights(module)
         if isinstance(module, CausalConvolution):
             _, channels, taps = module.weight.shape
             bound = (channels * taps * taps) ** -0.5
             initialization.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, NeuroBlastConvolutionLayer) and hasattr(module, "proj_back"):
-            bound = module.proj_back.in_features**-0.5
-            initialization.uniform_(module.proj_back.weight, -bound, bound)
+        elif isinstance(module, BackProjection):
+            bound = module.in_features**-0.5
+            initialization.uniform_(module.weight, -bound, bound)
+        else:
+            super()._init_weights(module)
 
 
 class NeuroBlastModel(NeuroBlastPreTrainedModel):
@@ -334,12 +363,23 @@ class NeuroBlastModel(NeuroBlastPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Rows of several sequences: `position_ids` [B, T] that start anew in each; `seq_idx` [B, T] may number them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        if seq_idx is not None and (position_ids is None or attention_mask is not None or past_key_values is not None):
+            raise ValueError(
+                "seq_idx needs position_ids that start anew in each sequence, no attention_mask and no past_key_values: "
+                "attention knows the sequences of a row by their positions"
+            )
+        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        # a compiler cannot branch on what the positions are: there, rows of one sequence must still get their cache
+        if may_be_packed and seq_idx is None and not (use_cache and torch.compiler.is_compiling()):
+            seq_idx = find_packed_sequence_indices(position_ids.expand(embedded.shape[0], -1))
+        if use_cache and past_key_values is None and seq_idx is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -359,6 +399,7 @@ class NeuroBlastModel(NeuroBlastPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                seq_idx=seq_idx,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -436,6 +477,15 @@ class NeuroBlastForCausalLM(NeuroBlastPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any model; refused with convolution layers, of whose states the paged cache keeps none."""
+        if any(layer.is_convolution for layer in self.model.planned):
+            raise ValueError(
+                "continuous batching keeps keys and values in pages, but this model also has convolution layers, whose "
+                "states belong to a sequence as a whole; use generate() on a padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 def keep_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
 from neuroweave.checkpoint.sealed import KEY, MODELING_FILE, seal
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.checkpoint.writer import Shard, ShardWriter, dtype_code, write_index
+from neuroweave.neuroblast.bundle import MODEL_TYPE as NEUROBLAST
 from neuroweave.surgery.apply import apply_plan
 from neuroweave.surgery.modeling import modeling_source
 from neuroweave.surgery.patching import RecipeLike, as_recipe, entry_for, refuse_unpatchable
@@ -93,9 +94,10 @@ def refuse_config(source: Path, plain: dict[str, Any]) -> None:
         raise ValueError(
             f"{source}: already patched (recipe {name!r}); patch the original, with all changes in one recipe"
         )
-    if "auto_map" in plain:
+    if "auto_map" in plain and plain.get("model_type") != NEUROBLAST:
         raise ValueError(
-            f"{source}: the model needs its own remote code; only families that transformers knows can be patched"
+            f"{source}: the model needs its own remote code; only families that transformers or neuroweave know "
+            f"can be patched"
         )
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from neuroweave import __version__
 from neuroweave.checkpoint.sealed import FORMAT_VERSION, KEY
+from neuroweave.neuroblast.bundle import MODEL_TYPE as NEUROBLAST
 from neuroweave.surgery.apply import apply_plan
 from neuroweave.surgery.modeling import PatchedModel, adopt, model_class, release
 from neuroweave.surgery.plan import Resolution, resolve
@@ -101,9 +102,10 @@ def refuse_unpatchable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"the model is already patched (recipe {name!r}); undo that first, or put both into one recipe"
         )
-    if hasattr(model.config, KEY) or hasattr(model.config, "auto_map"):
+    foreign = hasattr(model.config, "auto_map") and model.config.model_type != NEUROBLAST
+    if hasattr(model.config, KEY) or foreign:
         raise ValueError(
-            "the model needs its own remote code; only families that transformers itself knows can be patched"
+            "the model needs its own remote code; only families that transformers or neuroweave know can be patched"
         )
     for name, module in model.named_modules():
         forward = vars(module).get("forward", type(module).forward)
