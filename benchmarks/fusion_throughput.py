@@ -5,8 +5,9 @@
 Synthetic bfloat16 Llamas with real random values in one file, and Gaussian deltas for every gate and down. All inputs
 are in the page cache. Per round, in alternating order: `cp -r`, `neuroweave fuse --no-hash`, `neuroweave fuse`, each
 until the process ends and once more until the files are on the disk (fsync); and what bounds them: the command's
-start-up (`fuse --dry-run`), the fuse with its arithmetic taken out (`fuse_without_arithmetic.py`). An untimed copy
-comes before each: memory that a virtual machine has not touched for a while costs the first that writes to it.
+start-up (`fuse --dry-run`), the fuse with its arithmetic taken out (`fuse_without_arithmetic.py`), the fuse with
+NumPy's instead of the compiled arithmetic (which the first, untimed run compiles). An untimed copy comes before each:
+memory that a virtual machine has not touched for a while costs the first that writes to it.
 mergekit's peer is its passthrough with a scale on every gate and down, in the smallest size, not synced.
 """
 
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from synthetic_checkpoints import write_llama
 from whole_process import NEUROWEAVE, Run, folder_bytes, machine, print_rows, read_once, run
+
+from neuroweave.surgery.fusion.compiled import SWITCH
 
 LIMITS = {
     ("fuse --no-hash", False): 1.25, ("fuse --no-hash", True): 1.6, ("fuse", False): 1.8,
@@ -63,7 +66,10 @@ def jobs_of(model: Path, deltas: Path, out: Path, mergekit: Path | None, scratch
     ]  # fmt: skip
     jobs = [Job(name, command, synced) for synced in (False, True) for name, command in plain]
     without = (sys.executable, str(Path(__file__).with_name("fuse_without_arithmetic.py")), *fuse[1:], "--no-hash")
-    jobs += [Job("start: fuse --dry-run", (*fuse, "--dry-run")), Job("fuse --no-hash, no arithmetic", without)]
+    jobs += [
+        Job("start: fuse --dry-run", (*fuse, "--dry-run")), Job("fuse --no-hash, no arithmetic", without),
+        Job("fuse --no-hash, NumPy", ("env", f"{SWITCH}=0", *fuse, "--no-hash")),
+    ]  # fmt: skip
     if mergekit is not None:
         recipe = scratch / "passthrough.yaml"
         recipe.write_text(MERGEKIT_CONFIG.format(model=model), encoding="utf-8")

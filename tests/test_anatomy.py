@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from neuroweave.diagnose.probes.anatomy import Anatomy, find_anatomy, layer_and_family, linear_sizes
+from neuroweave.diagnose.probes.anatomy import Anatomy, find_anatomy, layers_and_families, linear_sizes
 from neuroweave.surgery import Recipe, patch
 
 # family: path of the layers, norms of a layer, final norm, down projection
@@ -132,28 +132,62 @@ def test_adapters_change_neither_parts_nor_names() -> None:
     names = [name for name, _ in model.named_parameters()]
     plain = find_anatomy(model)
     layers = [layer.module for layer in plain.layers]
-    wanted = [layer_and_family(name, plain) for name in names]
+    wanted = list(layers_and_families(names, stack=plain.prefix).values())
     adapted = get_peft_model(model, LoraConfig(r=INTERMEDIATE, target_modules=["down_proj", "q_proj"]))
     anatomy = find_anatomy(adapted)
     assert [layer.module for layer in anatomy.layers] == layers
     assert [layer.down_name for layer in anatomy.layers] == ["mlp.down_proj"] * 2
     assert linear_sizes(anatomy.layers[0].down) == (INTERMEDIATE, HIDDEN)
-    found = [layer_and_family(name, anatomy) for name, _ in adapted.named_parameters() if "lora_" not in name]
-    assert found == wanted
-    assert (1, "mlp.down_proj.lora_A.default.weight") in [
-        layer_and_family(name, anatomy) for name, _ in adapted.named_parameters()
-    ]
+    adapted_names = [name for name, _ in adapted.named_parameters()]
+    for stack in (anatomy.prefix, ""):
+        found = layers_and_families(adapted_names, stack=stack)
+        assert [place for name, place in found.items() if "lora_" not in name] == wanted
+        assert (1, "mlp.down_proj.lora_A.default.weight") in found.values()
 
 
 def test_names() -> None:
-    anatomy = find_anatomy(tiny_model("llama"))
-    assert layer_and_family("model.layers.3.mlp.down_proj.weight", anatomy) == (3, "mlp.down_proj.weight")
-    assert layer_and_family("model.layers.12.x", anatomy) == (12, "x")
-    for outside in ("model.norm.weight", "lm_head.weight", "model.layers.norm.weight", "model.layers_2.0.weight"):
-        assert layer_and_family(outside, anatomy) == (None, outside)
-    assert layer_and_family("base_model.model.lm_head.weight", anatomy) == (None, "lm_head.weight")
-    nothing = find_anatomy(nn.Linear(3, 3))
-    assert layer_and_family("0.weight", nothing) == (None, "0.weight")
+    names = {
+        "model.layers.3.mlp.down_proj.weight": (3, "mlp.down_proj.weight"),
+        "model.layers.10.mlp.experts.5.w1.weight": (10, "mlp.experts.5.w1.weight"),
+        "model.layers.0.mlp.act_fn.beta": (0, "mlp.act_fn.beta"),
+        "model.layers.12.blocks.4.x": (12, "blocks.4.x"),
+        "model.embed_tokens.weight": (None, "model.embed_tokens.weight"),
+        "model.norm.weight": (None, "model.norm.weight"),
+        "model.layers.norm.weight": (None, "model.layers.norm.weight"),
+        "model.layers_2.0.weight": (None, "model.layers_2.0.weight"),
+        "vision.encoder.layers.3.mlp.down_proj.weight": (3, "vision.encoder.layers.mlp.down_proj.weight"),
+        "model.blocks.3.mlp.down_proj.weight": (3, "model.blocks.mlp.down_proj.weight"),
+    }
+    assert layers_and_families(names) == names
+    assert layers_and_families(names, stack=find_anatomy(tiny_model("llama")).prefix) == names
+    assert layers_and_families(["base_model.model.lm_head.weight"]) == {
+        "base_model.model.lm_head.weight": (None, "lm_head.weight")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("transformer.h.11.attn.c_attn.weight", (11, "attn.c_attn.weight")),
+        ("decoder.block.2.layer.1.wi.weight", (2, "layer.1.wi.weight")),
+        ("layers.7.w", (7, "w")),
+        ("players.7.w", (None, "players.7.w")),
+        ("conv.3.weight", (None, "conv.3.weight")),
+        ("0.weight", (None, "0.weight")),
+    ],
+)
+def test_names_by_themselves(name: str, place: tuple[int | None, str]) -> None:
+    assert layers_and_families([name]) == {name: place}
+    assert layers_and_families([]) == {}
+
+
+def test_a_list_of_layers_that_is_known_counts_whatever_its_name_and_size() -> None:
+    names = ["tower.layers.0.w", "tower.layers.1.w", "model.stages.0.w"]
+    assert list(layers_and_families(names, stack="model.stages").values()) == [
+        (0, "tower.layers.w"),
+        (1, "tower.layers.w"),
+        (0, "w"),
+    ]
 
 
 def test_no_layers_is_said_in_words() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from neuroweave.diagnose.bootstrap import Bootstrap
+from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.results.comparison import Estimate
 
 COUNTS = np.array([511, 7, 123, 1, 300])
@@ -30,6 +30,14 @@ def test_values_are_means_over_tokens() -> None:
     assert Bootstrap(5).estimate(own, COUNTS, exponential=True).value == pytest.approx(
         np.exp(estimate.value), rel=1e-14
     )
+
+
+@pytest.mark.parametrize("units", [1, 2, LEAST_UNITS - 1, LEAST_UNITS])
+def test_too_few_units_have_no_interval(units: int) -> None:
+    counts = np.arange(1, units + 1)
+    found = Bootstrap(units, least=LEAST_UNITS).estimate(sums(0, counts), counts)
+    assert (found.low is not None) == (units == LEAST_UNITS)
+    assert found.value == sums(0, counts).sum() / counts.sum()
 
 
 def test_interval_matches_scipy() -> None:

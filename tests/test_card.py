@@ -317,6 +317,25 @@ def test_write_card_reads_the_manifest(tmp_path: Path) -> None:
         write_card(comparison, comparison.others[0], tmp_path / "card.md")
 
 
+def test_a_card_that_somebody_wrote_is_not_replaced(tmp_path: Path) -> None:
+    comparison = with_model(with_base(made_comparison(), source=""), source="", recipe=None)
+    other, path = comparison.others[0], tmp_path / "README.md"
+    heads = ("tags: [llama]", "tags: neuroweave", "[: ")
+    for own in ("# My model\n", "", *(f"---\n{head}\n---\n# Mine\n" for head in heads)):
+        path.write_text(own)
+        with pytest.raises(ValueError, match=r"README\.md: not a card that neuroweave wrote.*MODEL_CARD\.md"):
+            write_card(comparison, other, path)
+        assert path.read_text() == own
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not a card that neuroweave wrote"):
+        write_card(comparison, other, path)
+    write_card(comparison, other, path, overwrite=True)
+    first = path.read_text(encoding="utf-8")
+    path.write_text(first + "\nmore\n", encoding="utf-8")
+    write_card(comparison, other, path)  # one of ours
+    assert path.read_text(encoding="utf-8") == first
+
+
 def test_write_card_of_a_model_in_memory(tmp_path: Path) -> None:
     comparison = with_base(made_comparison(), source="")
     comparison = with_model(comparison, source="", recipe=None)

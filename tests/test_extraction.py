@@ -12,19 +12,20 @@ import scipy.special
 import scipy.stats
 import torch
 from families import tiny_model as tiny_family
-from neuroweave.surgery.neurons.bank import Bank, default_bank, default_bank_path, join_banks, load_bank, save_bank
-from neuroweave.surgery.neurons.curves import Curve, curve_of, sparkline, text_plot
-from neuroweave.surgery.neurons.extraction import extract_neurons, model_record
-from neuroweave.surgery.neurons.neuron_statistics import FINE, ChosenStatistics, Moments
-from neuroweave.surgery.neurons.selection import best, shares
-from neuroweave.surgery.neurons.text_windows import Window, draw_windows, encode, start_token
 from tiny_llama import Text, texts, tiny_model, tiny_tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from neuroweave.checkpoint import Checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
+from neuroweave.surgery.neurons.bank import Bank, default_bank, default_bank_path, join_banks, load_bank, save_bank
+from neuroweave.surgery.neurons.curves import Curve, curve_of, sparkline, text_plot
+from neuroweave.surgery.neurons.extraction import extract_neurons, model_record
+from neuroweave.surgery.neurons.neuron_statistics import FINE, ChosenStatistics, Moments
+from neuroweave.surgery.neurons.selection import best, shares
+from neuroweave.surgery.neurons.text_windows import Window, draw_windows, encode
 from neuroweave.surgery.patching import patch
 from neuroweave.text import documents
+from neuroweave.text.tokens import start_tokens
 
 SETTLED = 8
 SETTINGS: dict[str, Any] = {"window": 32, "tokens": None}
@@ -326,7 +327,7 @@ def test_a_tokenizer_without_places() -> None:
 
 def test_a_moment_marks_its_token_in_the_text(smollm2: Path) -> None:
     tokenizer = load_tokenizer(smollm2)
-    assert start_token(tokenizer) == ()
+    assert start_tokens(tokenizer) == ()
     text = "Zwölf große Boxkämpfer jagen Viktor quer über den großen Sylter Deich, heißt es.\n\nSo."
     window = draw_windows([Text("t", text)], tokenizer, window=99, tokens=None, seed=0)[0]
     for position in range(len(window.token_ids)):

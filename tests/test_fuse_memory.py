@@ -21,6 +21,8 @@ RUN = """
 import sys
 from pathlib import Path
 from neuroweave.cli.main import main
+from neuroweave.surgery.fusion import compiled
+compiled.WORTH_BYTES = 1
 try:
     main(sys.argv[1:])
 finally:
@@ -49,12 +51,14 @@ def write(folder, specs):
                 writer.write_at(spec.name, begin, block[: min(len(block), spec.nbytes - begin)])
 
 
+@pytest.mark.parametrize("compiled", ["0", "1"], ids=["NumPy", "compiled"])
 @pytest.mark.parametrize("options", [(), ("--no-hash", "--workers", "4")], ids=["hashed", "four workers"])
-def test_a_tensor_of_any_size_costs_blocks(large, options):
+def test_a_tensor_of_any_size_costs_blocks(large, options, compiled):
     out = large / "out"
     words = ["fuse", "--model", large / "model", "--weights", large / "deltas", "--output", out, "--overwrite"]
     words += ["--mode", "additive", "--targets", "all", "--alpha", "1", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    cache = {"NEUROWEAVE_COMPILED": compiled, "NEUROWEAVE_CACHE": str(large / "cache")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | cache
     done = subprocess.run(
         [sys.executable, "-c", RUN, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120
     )
@@ -62,6 +66,7 @@ def test_a_tensor_of_any_size_costs_blocks(large, options):
     torch_imported, peak = done.stderr.split()[-2:]
     assert torch_imported == "False"
     assert int(peak) * 1024 < LIMIT
+    assert compiled == "0" or list((large / "cache").rglob("*.so"))
     with Checkpoint(large / "model") as before, Checkpoint(out) as after:
         for row, columns in ((0, COVERED[1]), (COVERED[0] - 1, COVERED[1]), (COVERED[0], 0), (ROWS - 1, 0)):
             rows = [each.read_numpy(NAME, slice(row, row + 1))[0].view("u2") for each in (before, after)]

@@ -13,18 +13,21 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from tiny_llama import changed, subject, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroweave.diagnose.bootstrap import Bootstrap
 from neuroweave.diagnose.passages import Window
-from neuroweave.diagnose.probes import gradient
+from neuroweave.diagnose.probes import backward
+from neuroweave.diagnose.probes.anatomy import find_anatomy
+from neuroweave.diagnose.probes.backward import gradient_norm
 from neuroweave.diagnose.probes.gradient import (
     GradientTally,
     gradient_difference,
-    gradient_norm,
     gradient_result,
     measure_gradients,
     spread,
 )
+from neuroweave.diagnose.probes.head import OutputHead
 from neuroweave.diagnose.results.plan import GradientPlan
 from neuroweave.surgery import patch
 
@@ -49,7 +52,7 @@ def by_autograd(model: nn.Module, window: Window, limit: int) -> tuple[float, di
 
 
 def few_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(gradient, "head_rows", lambda vocabulary, itemsize: rows)
+    monkeypatch.setattr(backward, "head_rows", lambda vocabulary, itemsize: rows)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -90,7 +93,7 @@ def test_other_families(family: str) -> None:
     assert tally.losses == pytest.approx([loss], rel=1e-5)
     assert sorted(tally.norms[0]) == pytest.approx(sorted(norms.values()), rel=1e-4, abs=1e-6)
     if family != "mixtral":
-        assert tally.families[0] == gradient.find_anatomy(model).down_family
+        assert tally.families[0] == find_anatomy(model).down_family
 
 
 def test_a_learned_mixture_has_families_of_its_own() -> None:
@@ -159,10 +162,60 @@ def test_about_one_gradient_is_held_at_a_time(with_head: bool, monkeypatch: pyte
         held.append(sum(parameter.grad is not None for parameter in model.parameters()))
         return gradient_norm(own)
 
-    monkeypatch.setattr(gradient, "gradient_norm", norm)
+    monkeypatch.setattr(backward, "gradient_norm", norm)
     measure_gradients(subject("m", model), windows((9,)), PLAN, head=model.lm_head if with_head else None)
     count = len(list(model.parameters()))
     assert held == ([2] * (count - 1) + [1] if with_head else [1] * count)
+
+
+class Made(TorchDispatchMode):
+    """Counts the matrices of one shape that operators make; views and results in place are no new ones."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+        self.shape, self.places, self.kept = like.shape, {like.data_ptr()}, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.layout == torch.strided
+            and out.shape in (self.shape, self.shape[::-1])
+        ) and out.data_ptr() not in self.places:
+            self.places.add(out.data_ptr())
+            self.kept.append(out)  # so that its place is not given to another
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_gradient_of_the_head_is_one_matrix(tied: bool, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many chunks there are; and an embedding's is none at all, but the rows of its tokens."""
+    few_rows(monkeypatch, 7)
+    model = tiny_model(tie_word_embeddings=tied)
+    head = OutputHead(model.lm_head, lambda logits: logits * 2) if wrapped else model.lm_head
+    with Made(model.lm_head.weight.data) as made:
+        if not tied:
+            made.places.add(model.get_input_embeddings().weight.data_ptr())
+        tally = measure_gradients(subject("m", model), windows((31,)), PLAN, head=head)
+    assert len(made.kept) == 1
+    assert len(tally.norms) == 1
+    assert model.get_input_embeddings().sparse is False
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision(
+    tied: bool, rows: int | None, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the norms of the same weights in float64, of all parameters and of the head and the embedding."""
+    few_rows(monkeypatch, rows or 1)
+    model = tiny_model(tie_word_embeddings=tied).to(dtype)
+    exact = copy.deepcopy(model).double()
+    found = measure_gradients(subject("m", model), windows(), PLAN, head=model.lm_head if rows else None)
+    wanted = measure_gradients(subject("m", exact), windows(), PLAN)
+    assert np.array(found.norms) == pytest.approx(np.array(wanted.norms), rel=tolerance, abs=1e-5)
 
 
 def test_dropout_is_off() -> None:
@@ -207,7 +260,7 @@ def test_windows_are_spread_evenly() -> None:
 
 
 def test_a_model_against_itself_is_exactly_one() -> None:
-    tally = measure_gradients(subject("m", tiny_model()), windows(), PLAN)
+    tally = measure_gradients(subject("m", tiny_model()), windows((5,) * 7), GradientPlan(windows=7, tokens=20))
     difference = gradient_difference(tally, GradientTally.from_arrays(tally.arrays()), **SETTINGS)
     assert {(each.value, each.low, each.high) for family in difference.families for each in family.ratio} == {(1, 1, 1)}
     assert (difference.total.value, difference.total.low, difference.total.high) == (1, 1, 1)
@@ -348,6 +401,8 @@ def test_norm_of_half_precision_gradients() -> None:
 
 
 def test_interval_of_the_loss_is_over_windows() -> None:
-    tally = measure_gradients(subject("m", tiny_model()), windows(), PLAN)
+    many = windows((5, 9, 7, 3, 6, 8))
+    tally = measure_gradients(subject("m", tiny_model()), many, GradientPlan(windows=6, tokens=20))
     found = gradient_result(tally, resamples=200, seed=5).loss
-    assert found == Bootstrap(4, resamples=200, seed=5).estimate(np.array(tally.losses), np.ones(4))
+    assert found.low is not None
+    assert found == Bootstrap(6, resamples=200, seed=5).estimate(np.array(tally.losses), np.ones(6))

@@ -7,7 +7,8 @@ import itertools
 import pytest
 from tiny_llama import Text, texts, tiny_tokenizer
 
-from neuroweave.diagnose.passages import cut_windows, draw_sample, start_tokens
+from neuroweave.diagnose.passages import cut_windows, draw_sample
+from neuroweave.text.tokens import start_tokens
 
 
 def draw(documents: list[Text], *, tokens: int = 100, window: int = 10, passage: int = 10_000, start: bool = False):
@@ -24,8 +25,8 @@ def test_windows_tile_the_text() -> None:
 
 
 def test_start_token_is_used_where_the_tokenizer_uses_it() -> None:
-    assert start_tokens(tiny_tokenizer()) == []
-    assert start_tokens(tiny_tokenizer(start=True)) == [1]
+    assert start_tokens(tiny_tokenizer()) == ()
+    assert start_tokens(tiny_tokenizer(start=True)) == (1,)
     sample = draw(texts(3), start=True)
     assert sample.start_token
     assert all(window.token_ids[0] == 1 and 1 not in window.token_ids[1:] for window in sample.windows)

@@ -16,6 +16,7 @@ from tiny_llama import texts, tiny_model, tiny_tokenizer
 
 from neuroweave.checkpoint import loading
 from neuroweave.cli.main import main
+from neuroweave.cli.sensitivity import check_result
 from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.report import frontier as report
 from neuroweave.diagnose.results.records import Estimate
@@ -194,8 +195,9 @@ def test_noise_is_what_the_middle_95_percent_hold() -> None:
 
 
 def test_equal_layers_share_their_ranks_and_one_unit_has_none() -> None:
-    counts = [10, 20, 30]
-    points = [a_layer(layer, sums, counts) for layer, sums in ((1, [1.0, 2, 3]), (0, [1.0, 2, 3]), (2, [9.0, 9, 9]))]
+    counts = [10, 20, 30, 10, 20, 30]
+    all_sums = ((1, [1.0, 2, 3] * 2), (0, [1.0, 2, 3] * 2), (2, [9.0] * 6))
+    points = [a_layer(layer, sums, counts) for layer, sums in all_sums]
     ranking = rank_layers(points, counts, plan=PLAN)
     assert [(layer.layer, layer.rank, layer.first, layer.last) for layer in ranking] == [
         (2, 1, 1, 1), (0, 2, 2, 3), (1, 3, 2, 3),
@@ -209,6 +211,18 @@ def test_equal_layers_share_their_ranks_and_one_unit_has_none() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_json_that_is_no_ranking_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "points.json"
+    check_result(path, overwrite=False)
+    for text in ("mine", "[]", '{"heading": {}, "points": []}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a ranking of layers"):
+            check_result(path, overwrite=False)
+        check_result(path, overwrite=True)
+    path.write_text('{"heading": {}, "points": [], "ranking": []}')
+    check_result(path, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -324,3 +326,14 @@ def test_a_patched_model_is_measured_after_its_patch() -> None:
     tally = SignalTally(model, units=UNITS)
     run(tally, model)
     assert all(found.zero.value > 0.3 for found in tally.result(Bootstrap(UNITS)).activations)
+
+
+def test_a_tally_does_not_keep_its_model_in_memory() -> None:
+    model = tiny_model()
+    tally = SignalTally(model, units=1)
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert [weight() for weight in weights if weight() is not None] == []
+    with pytest.raises(ValueError, match="the model of this signal was let go"), tally.attached():
+        pass

@@ -21,11 +21,20 @@ from tiny_llama import subject, texts, tiny_model, tiny_tokenizer
 from neuroweave.checkpoint import loading
 from neuroweave.cli.main import main
 from neuroweave.cli.sweep import Change, Fusions, merged_recipe, parse_vary
-from neuroweave.diagnose import Ledger, Subject
+from neuroweave.diagnose import Ledger, Subject, variants
 from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.report import frontier as report
 from neuroweave.diagnose.results.sweep import BASE, Heading, ModelUsed, Point, PointsFile
-from neuroweave.diagnose.variants import Variant, frontier, make_heading, measure_variants, on_frontier, variant_plan
+from neuroweave.diagnose.variants import (
+    Variant,
+    frontier,
+    make_heading,
+    measure_into,
+    measure_variants,
+    on_frontier,
+    scratch_beside,
+    variant_plan,
+)
 from neuroweave.surgery.fusion.fuse import fuse_checkpoint
 from neuroweave.surgery.fusion.generated import generated_deltas
 from neuroweave.surgery.fusion.plan import FuseOptions
@@ -190,9 +199,53 @@ def test_a_recipe_is_where_every_point_begins(folder: Path, tmp_path: Path) -> N
 
 def test_too_few_units_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(folder, tmp_path / "p.jsonl", "--vary", "mlp.activation=relu", "--tokens", "60") == 0
-    assert "only 2 units of text: the intervals are likely too narrow" in capsys.readouterr().err
+    assert "units of text: 2, too few for intervals" in capsys.readouterr().err
+    assert all(point.outcome and point.outcome.kl.low is None for point in read(tmp_path / "p.jsonl")[1].values())
+    assert sweep(folder, tmp_path / "r.jsonl", "--vary", "mlp.activation=relu", "--tokens", "190") == 0
+    assert "units of text: 6, the intervals are likely too narrow" in capsys.readouterr().err
     assert sweep(folder, tmp_path / "q.jsonl", "--vary", "mlp.activation=relu") == 0
     assert "too narrow" not in capsys.readouterr().err
+
+
+def test_two_runs_at_once_do_not_mix(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused while the first measures; one that read the file before the first was done, too."""
+    out, words = tmp_path / "points.jsonl", ("--vary", "mlp.activation=relu")
+    with scratch_beside(out) as scratch:
+        (scratch / "state").write_text("of the first run")
+        assert sweep(folder, out, *words) == 2
+        assert "another run is measuring into this file" in capsys.readouterr().err
+        assert (scratch / "state").read_text() == "of the first run"
+    assert not scratch.exists()
+
+    def late(file: PointsFile, *_: object) -> Iterator[Point]:
+        monkeypatch.undo()
+        assert sweep(folder, out, *words) == 0  # the other run, from its beginning to its end
+        return measure_into(file, *_)
+
+    monkeypatch.setattr(variants, "measure_into", late)
+    assert sweep(folder, out, "--vary", "mlp.activation=tanh") == 2
+    assert "another run has written to this file meanwhile" in capsys.readouterr().err
+    assert set(read(out)[1]) == {BASE, "mlp.activation=relu"}
+    assert sweep(folder, out, "--vary", "mlp.activation=tanh") == 0
+    assert set(read(out)[1]) == {BASE, "mlp.activation=relu", "mlp.activation=tanh"}
+
+
+def test_a_killed_runs_scratch_is_taken_over(folder: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".points.jsonl.scratch" / "measured-so-far"
+    left.mkdir(parents=True)
+    (left / "old.npz").write_bytes(b"")
+    assert sweep(folder, tmp_path / "points.jsonl", "--vary", "mlp.activation=relu") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["points.jsonl"]
+
+
+def test_the_point_that_changes_nothing_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--vary", "mlp.activation=relu,tanh", "--vary", "everywhere.activation=original,relu")
+    assert sweep(folder, tmp_path / "points.jsonl", *words) == 2
+    assert "mlp.activation=relu, everywhere.activation=original: recipe" in capsys.readouterr().err
 
 
 def test_a_site_that_the_recipe_lacks_is_added() -> None:

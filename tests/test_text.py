@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from neuroweave.text import SPLITS, Document, documents, read_documents
-from neuroweave.text.passages import PASSAGE, cut
+from neuroweave.text.passages import BLANK_LINE, PASSAGE, SENTENCE_END, SPACE, cut
 
 ROOT = Path(__file__).parents[1]
 PROSE = files("neuroweave.text") / "prose"
@@ -155,6 +156,34 @@ def test_cut_short_and_empty() -> None:
     assert cut(" \n ") == []
     assert cut("  One line. ") == ["One line."]
     assert cut("x" * 30, size=10) == ["x" * 10] * 3
+
+
+def test_cuts_are_those_of_a_search_through_the_whole_text() -> None:
+    """Places are looked for around each cut only; the reference looks at all places of the whole text."""
+    draw, pieces = (
+        random.Random(0),
+        ["a", "bc ", ".", ". A", "\n", "\n\n", " \t", "Mr. ", '!"', "x" * 9, "\n \n\n", "é", "' "],
+    )
+    for _ in range(200):
+        text = "".join(draw.choices(pieces, weights=[draw.random() ** 4 for _ in pieces], k=100)).strip()
+        size = draw.choice([7, 50, 123])
+        parts = max(1, round(len(text) / size)) if text else 0
+        passages, start = [], 0
+        for ideal in (len(text) / parts * part for part in range(1, parts)):
+            near = [
+                [span for match in kind.finditer(text) if abs((span := match.span(kind.groups))[0] - ideal) <= reach]
+                for kind in (BLANK_LINE, SENTENCE_END, SPACE)
+                for reach in [len(text) / parts / 4]
+            ]
+            spans = next((found for found in near if found), [(round(ideal), round(ideal))])
+            end, following = min(spans, key=lambda span: abs(span[0] - ideal))
+            passages.append(text[start:end])
+            start = following
+        assert cut(text, size=size) == ([*passages, text[start:]] if parts else [])
+
+
+def test_spaces_around_a_cut_are_lost_however_many() -> None:
+    assert cut("x" * 2_900 + " " * 1_500 + "y" * 1_600, size=3_000) == ["x" * 2_900, "y" * 1_600]
 
 
 # --- a user's files ---

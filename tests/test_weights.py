@@ -15,7 +15,7 @@ from tiny_llama import changed, subject, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from neuroweave.diagnose.probes import weights as probe
-from neuroweave.diagnose.probes.weights import compare_weights, largest_singular_values, layers_and_families
+from neuroweave.diagnose.probes.weights import compare_weights, largest_singular_values
 from neuroweave.diagnose.results.weights import TensorChange, Weights
 from neuroweave.diagnose.subject import Subject
 
@@ -247,30 +247,6 @@ def test_blocks_of_rows_give_the_same_singular_values(monkeypatch: pytest.Monkey
     whole = largest_singular_values(matrix, 4.0)
     monkeypatch.setattr(probe, "_BLOCK_ELEMENTS", 7 * 123 + 5)
     assert largest_singular_values(matrix, 4.0) == pytest.approx(whole, rel=1e-12)
-
-
-def test_layers_and_families() -> None:
-    names = {
-        "model.layers.3.mlp.down_proj.weight": (3, "mlp.down_proj.weight"),
-        "model.layers.10.mlp.experts.5.w1.weight": (10, "mlp.experts.5.w1.weight"),
-        "model.layers.0.mlp.act_fn.beta": (0, "mlp.act_fn.beta"),
-        "model.embed_tokens.weight": (None, "model.embed_tokens.weight"),
-        "model.norm.weight": (None, "model.norm.weight"),
-        "vision.encoder.layers.3.mlp.down_proj.weight": (3, "vision.encoder.mlp.down_proj.weight"),
-    }
-    assert layers_and_families(names) == names
-    assert layers_and_families(["transformer.h.11.attn.c_attn.weight"]) == {
-        "transformer.h.11.attn.c_attn.weight": (11, "attn.c_attn.weight")
-    }
-    assert layers_and_families(["decoder.block.2.layer.1.wi.weight"]) == {
-        "decoder.block.2.layer.1.wi.weight": (2, "layer.1.wi.weight")
-    }
-    assert layers_and_families(["layers.7.w"]) == {"layers.7.w": (7, "w")}
-    assert layers_and_families(["players.7.w", "conv.3.weight"]) == {
-        "players.7.w": (None, "players.7.w"),
-        "conv.3.weight": (None, "conv.3.weight"),
-    }
-    assert layers_and_families([]) == {}
 
 
 def test_files_under_other_names_are_left_for_the_models(tmp_path: Path) -> None:

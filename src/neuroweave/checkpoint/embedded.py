@@ -39,7 +39,7 @@ def embedded_gguf(name: str, *, cache: str | os.PathLike[str] | None = None) -> 
     if name == "gemma3":
         parts = [_package_file(*part, name) for part in _GEMMA3_PARTS]
         expected = _package_file(*_GEMMA3_SUMS, name).read_text(encoding="utf-8").split()[0]
-        return _assemble(parts, _cache_folder(cache) / _GEMMA3_FILE, expected)
+        return _assemble(parts, cache_folder(cache) / _GEMMA3_FILE, expected)
     raise ValueError(f"embedded model {name!r} is unknown; there are: {', '.join(EMBEDDED)}")
 
 
@@ -53,7 +53,7 @@ def _package_file(package: str, file: str, name: str) -> Path:
     raise ValueError(f"the embedded model {name} needs {file} of package {package}; {_INSTALL[name]}")
 
 
-def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
+def cache_folder(cache: str | os.PathLike[str] | None) -> Path:
     chosen = cache or os.environ.get("NEUROWEAVE_CACHE")
     if chosen:
         return Path(chosen)

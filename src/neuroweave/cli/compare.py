@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from neuroweave.diagnose.ledger import Ledger
     from neuroweave.text import Document
 
+OUTPUTS = ("comparison.json", "report.html", "figures")
 MEMORY_SHARE = 0.7  # of the memory that is free, for weights; the rest is for what they compute
 
 
@@ -80,8 +82,11 @@ def command(
     plan = make_plan(**measured)
     texts = read_documents(data) if data else documents("evaluation")
     sources = [base, *others]
+    names = name_models(sources)
+    check_outputs(out, overwrite=overwrite)
+    check_beforehand(sources, names, texts, plan)
     together = not one_by_one and fits_in_memory(sources, dtype)
-    job = Job(sources, name_models(sources), dtype, plan, texts, together)
+    job = Job(sources, names, dtype, plan, texts, together)
     comparison = job.write(out, card=card, overwrite=overwrite)
     if as_json:
         print_json(json.loads(comparison.model_dump_json()))
@@ -108,9 +113,12 @@ class Job:
         from neuroweave.diagnose.ledger import Ledger
 
         local = [source for source in self.sources if Path(source).is_dir()]
-        with staged_folder(out, overwrite=overwrite, sources=local, resume=self.key()) as folder:
-            ledger = Ledger(folder)
-            if any(ledger.folder.iterdir()) if ledger.folder else False:
+        with (
+            kept_on_failure(),
+            staged_folder(out, overwrite=overwrite, sources=local, resume=self.key()) as folder,
+            stopped_on_failure(ledger := Ledger(folder)),
+        ):
+            if ledger.holds_any:
                 note("going on with what an interrupted run has measured")
             comparison = self.measure(ledger)
             write_outputs(comparison, folder, card=card)
@@ -141,7 +149,78 @@ class Job:
         ]
         text = hashlib.sha256("\0".join(document.text for document in self.texts).encode()).hexdigest()
         state = [__version__, list(self.sources), self.dtype, self.plan.model_dump(), files, text, self.together]
+        state.append(task_state(self.plan))
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def stopped_on_failure(ledger: Ledger) -> Iterator[None]:
+    """A failure inside (a full disk, say) leaves as SystemExit, for which a resumable folder is kept, if it holds what
+    has been measured."""
+    try:
+        yield
+    except Exception as error:
+        if not ledger.holds_any:
+            raise
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def kept_on_failure() -> Iterator[None]:
+    """The failure of `stopped_on_failure` as it was, with a word about what is kept."""
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__cause__, Exception):
+            raise
+        note("what was measured until now is kept; the same command goes on with it")
+        raise stop.__cause__ from None
+
+
+def check_outputs(out: Path, *, overwrite: bool) -> None:
+    """Raise ValueError when `out` holds what no comparison wrote, which --overwrite would take away."""
+    from neuroweave.diagnose.report.card import is_card
+
+    if not overwrite or not out.is_dir():
+        return
+    for path in sorted(out.iterdir()):
+        own = path.name in OUTPUTS or (path.match("README*.md") and is_card(path))
+        if not own:
+            raise ValueError(
+                f"{path}: not written by a comparison, and --overwrite replaces the whole folder; move it away, or "
+                "choose another folder"
+            )
+
+
+def check_beforehand(sources: Sequence[str], names: Sequence[str], texts: Sequence[Document], plan: Plan) -> None:
+    """Raise ValueError or ImportError for whatever would stop the comparison after hours of it."""
+    from neuroweave.diagnose.preflight import check_models, check_tasks, outline
+
+    check_models([outline(*each) for each in zip(sources, names, strict=True)], texts, plan)
+    if plan.tasks is not None:
+        check_tasks(plan.tasks, seed=plan.seed)
+
+
+def task_state(plan: Plan) -> list[Any]:
+    """What changes when a task file or its data does."""
+    from neuroweave.diagnose.probes.task_files import find_tasks
+
+    if plan.tasks is None:
+        return []
+    found = find_tasks(plan.tasks.names).files
+    data = [Path(word) for file in found for word in texts_in(file.data)]
+    return [[str(path), stamp(path)] for path in (*(file.path for file in found), *data) if path.is_file()] + [
+        json.dumps(file.config, sort_keys=True, default=str) for file in found
+    ]
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in lists and mappings, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(part)
 
 
 def write_outputs(comparison: Comparison, folder: Path, *, card: bool) -> None:
@@ -190,7 +269,7 @@ def make_plan(
 def read_prompts(file: Path) -> tuple[str, ...]:
     """One prompt a line; empty lines are refused where they stand between others."""
     try:
-        lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").strip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{file}: the prompts cannot be read ({error}); give a UTF-8 text, one prompt a line"

@@ -16,6 +16,7 @@ from neuroweave import __version__
 COMMANDS = {
     "import": ("import_", "Turn a GGUF file, a folder or a hub id into a Hugging Face checkpoint."),
     "inspect": ("inspect_", "Show what a checkpoint is, from its headers alone."),
+    "neuroblast": ("neuroblast", "Make a NeuroBLAST model, or convert a published one."),
     "patch": ("patch", "Swap or learn activation functions; write a checkpoint that loads anywhere."),
     "neurons": ("neurons", "Collect neurons in a bank: extract from a model, define, derive, show."),
     "deltas": ("deltas", "Generate sign-symmetric delta weights for a model from a bank."),
@@ -24,6 +25,7 @@ COMMANDS = {
     "diff": ("diff", "Compare two checkpoints tensor by tensor."),
     "extract-delta": ("extract_delta", "Write the delta that turns one checkpoint into another."),
     "recipe": ("recipe", "Show what was done to a model, or do it again to the same bytes."),
+    "generate": ("generate", "Continue a prompt with any checkpoint, streaming to the terminal."),
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
     "compare": ("compare", "Measure what a change did to a model; write a report."),
     "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,13 +47,14 @@ def command(model: str, activation: str, site: str, layers: str, as_json: bool, 
     check_words(activation, site, layers)
     job = Job.prepare("sensitivity", model, **measured)
     changes = list(layer_changes(job, activation, site, layers))
+    check_result(job.file.path.with_suffix(".json"), overwrite=measured["overwrite"])
     keys = {change.key for change in changes}
     asked = [point for point in job.run(changes) if point.key in keys or point.key == BASE]
     asked.sort(key=lambda point: point.settings.get(LAYER, -1))
     heading, path = job.file.heading, job.file.path
     ranking = rank_layers([point for point in asked if point.key != BASE], heading.predictions, plan=heading.plan)
     result = Sensitivity(heading=heading, points=asked, ranking=ranking)
-    path.with_suffix(".json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_result(result, path.with_suffix(".json"))
     files = save_sensitivity(ranking, path.parent, stem=path.stem, label=f"{site} {activation}")
     if as_json:
         print_json(json.loads(result.model_dump_json()))
@@ -76,6 +78,31 @@ def check_words(activation: str, site: str, layers: str) -> None:
             f"--site {site}: no site of a layer{nearest(site, LAYER_SITES)}; known: {', '.join(LAYER_SITES)}"
         )
     layer_selection(layers)
+
+
+def check_result(path: Path, *, overwrite: bool) -> None:
+    """Raise ValueError for a file that is no ranking of ours and would be replaced by one."""
+    from neuroweave.diagnose.results.sweep import Sensitivity
+
+    if overwrite or not path.exists():
+        return
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fields = None
+    if not isinstance(fields, dict) or fields.keys() != Sensitivity.model_fields.keys():
+        raise ValueError(
+            f"{path}: not a ranking of layers, which would be written there; choose another --out, or add --overwrite"
+        )
+
+
+def write_result(result: Sensitivity, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def layer_changes(job: Job, activation: str, site: str, layers: str) -> Iterator[Change]:

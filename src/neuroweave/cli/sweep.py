@@ -281,9 +281,13 @@ class Job:
             settings = dict(zip(grid, values, strict=True))
             activations = {key.removesuffix(ACTIVATION): settings[key] for key in grid if key.endswith(ACTIVATION)}
             numbers = {key.removeprefix(FUSE): settings[key] for key in grid if key.startswith(FUSE)}
-            merged = merged_recipe(start, activations, layers)
-            if merged:
-                self.layers_of(merged)
+            try:
+                merged = merged_recipe(start, activations, layers)
+                if merged:
+                    self.layers_of(merged)
+            except ValueError as error:
+                point = ", ".join(f"{key}={value}" for key, value in settings.items())
+                raise ValueError(f"{point}: {error}") from error
             given = ({"recipe": recipe} if recipe else {}) | ({"layers": layers} if layers != "all" else {})
             yield Change(given | settings, merged, fusions.get(**numbers) if numbers else None)
 
@@ -297,7 +301,7 @@ class Job:
 
     def run(self, changes: Sequence[Change]) -> list[Point]:
         """Measure what is not in the file yet; every point of the file, the least KL first, failures last."""
-        from neuroweave.diagnose.bootstrap import FEWEST_UNITS
+        from neuroweave.diagnose.bootstrap import FEWEST_UNITS, LEAST_UNITS
         from neuroweave.diagnose.results.sweep import BASE
 
         left = [change for change in changes if change.key not in self.file.points]
@@ -305,9 +309,8 @@ class Job:
             note(f"{len(changes) - len(left)} of {len(changes)} points are in {self.file.path} already")
         units = self.file.heading.text.units
         if units < FEWEST_UNITS:
-            note(
-                f"only {units} units of text: the intervals are likely too narrow; give more --tokens, or less --window"
-            )
+            few = "too few for intervals" if units < LEAST_UNITS else "the intervals are likely too narrow"
+            note(f"units of text: {units}, {few}; give more --tokens, or less --window")
         if left:
             self.measure(left)
         kls = {key: point.outcome.kl.value for key, point in self.file.points.items() if point.outcome}
@@ -428,7 +431,7 @@ class Fusions:
             size = {} if gate_scale is None else {"gate_scale": gate_scale}
             self._deltas[gate_scale] = generated_deltas(self.folder, bank, seed=self.seed, **size)
         deltas = self._deltas[gate_scale]
-        count = max(len(layers) for _, layers in decoder_stacks(self.skeleton))
+        count = max(map(len, decoder_stacks(self.skeleton)))
         chosen = None if self.layers == "all" else tuple(select_layers(layer_selection(self.layers), count))
         options = FuseOptions(layers=chosen, seed=self.seed, **numbers)
         with Checkpoint(self.folder) as checkpoint:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from neuroweave.diagnose.bootstrap import FEWEST_UNITS, Bootstrap
+from neuroweave.diagnose.bootstrap import FEWEST_UNITS, LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.passages import Sample
 from neuroweave.diagnose.probes.generation import Written
 from neuroweave.diagnose.probes.gradient import GradientTally, gradient_difference, gradient_result
@@ -209,12 +209,16 @@ def describe_text(sample: Sample, plan: Plan) -> TextUsed:
     )
 
 
+def units_of_text(units: int) -> str:
+    return "There is only one unit of text" if units == 1 else f"There are only {units} units of text"
+
+
 def describe_limits(sample: Sample, plan: Plan, others: Sequence[Other], *, in_turns: bool) -> list[str]:
     """What a reader should know before trusting the numbers."""
     notes = []
     units = len(sample.passages)
-    if units < 2:
-        notes.append("There is only one unit of text, so there are no intervals; measure on more text.")
+    if units < LEAST_UNITS:
+        notes.append(f"{units_of_text(units)}, too little for intervals; measure on more text.")
     elif units < FEWEST_UNITS:
         notes.append(f"There are only {units} units of text: the intervals are likely too narrow; measure on more.")
     if sample.exhausted:

@@ -14,10 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from neuroweave.diagnose.assembly import Findings, describe_limits, describe_model, describe_other, describe_text
-from neuroweave.diagnose.bootstrap import Bootstrap
+from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.ledger import Ledger
-from neuroweave.diagnose.passages import Document, Sample, draw_sample
+from neuroweave.diagnose.passages import Sample, draw_sample
 from neuroweave.diagnose.probes.generation import Written, check_prompts, join_written, write_all
 from neuroweave.diagnose.probes.gradient import GradientTally, measure_gradients
 from neuroweave.diagnose.probes.prediction import LiveReader, Reader, Tallies, measure_windows
@@ -30,7 +30,8 @@ from neuroweave.diagnose.probes.weights import compare_weights, is_checkpoint
 from neuroweave.diagnose.results.comparison import Comparison, Failure, Speed
 from neuroweave.diagnose.results.plan import Plan
 from neuroweave.diagnose.results.weights import Weights
-from neuroweave.diagnose.subject import Profile, Subject, at_rest, check_comparable
+from neuroweave.diagnose.subject import Profile, Subject, at_rest, check_comparable, check_vocabulary
+from neuroweave.text.tokens import NamedText
 
 KEEP_SECONDS = 15.0  # between two notes of how far the pass over the text is
 MISTAKES = (ValueError, RuntimeError, MemoryError, NotImplementedError)  # of a model, not of this program
@@ -39,7 +40,7 @@ MISTAKES = (ValueError, RuntimeError, MemoryError, NotImplementedError)  # of a 
 def compare(
     base: Subject,
     others: Iterable[Subject],
-    documents: Iterable[Document],
+    documents: Iterable[NamedText],
     *,
     plan: Plan | None = None,
     ledger: Ledger | None = None,
@@ -71,7 +72,11 @@ def compare(
 
 
 def compare_one_by_one(
-    loaders: Sequence[Callable[[], Subject]], documents: Iterable[Document], *, plan: Plan | None = None, ledger: Ledger
+    loaders: Sequence[Callable[[], Subject]],
+    documents: Iterable[NamedText],
+    *,
+    plan: Plan | None = None,
+    ledger: Ledger,
 ) -> Comparison:
     """`compare` for models that do not fit in memory together: each is loaded, measured and let go, the base first.
 
@@ -92,6 +97,7 @@ def compare_one_by_one(
         with at_rest(subject.model):
             if reference is None:
                 reference = experiment.store(subject)
+                reference.release()
             else:
                 experiment.predict_one(reference, subject, number)
             experiment.write_and_time([subject])
@@ -106,7 +112,7 @@ def compare_one_by_one(
 class Experiment:
     """One comparison under way: what is known of each model, in the order in which they came."""
 
-    def __init__(self, base: Subject, documents: Iterable[Document], plan: Plan, ledger: Ledger) -> None:
+    def __init__(self, base: Subject, documents: Iterable[NamedText], plan: Plan, ledger: Ledger) -> None:
         check_prompts(plan.prompts)
         self.plan, self.ledger = plan, ledger
         self.sample: Sample = draw_sample(
@@ -159,11 +165,7 @@ class Experiment:
 
     def _pass(self, base: Reader, others: Sequence[Reader], signals: Sequence[SignalTally | None]) -> None:
         for other in others:
-            if other.vocabulary != base.vocabulary:
-                raise ValueError(
-                    f"{other.name} predicts over {other.vocabulary} entries and {base.name} over {base.vocabulary}, "
-                    "although their tokenizers are equal (a padded or resized vocabulary?); give them the same size"
-                )
+            check_vocabulary((base.name, base.vocabulary), (other.name, other.vocabulary))
         name = json.dumps(["prediction", base.name, *(other.name for other in others)])
         tallies = Tallies.empty(self.sample, len(others))
         done = restore_pass(self.ledger.arrays(name), tallies, signals)
@@ -287,7 +289,7 @@ class Experiment:
     def result(self, *, in_turns: bool) -> Comparison:
         plan, base = self.plan, self.base
         assert self.places is not None
-        bootstrap = Bootstrap(self.units, resamples=plan.resamples, seed=plan.seed)
+        bootstrap = Bootstrap(self.units, resamples=plan.resamples, seed=plan.seed, least=LEAST_UNITS)
         measured = [found for found in self.found.values() if found.pair is not None]
         others = [describe_other(base, other, self.places, plan, bootstrap, in_turns=in_turns) for other in measured]
         return Comparison(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ class Ledger:
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether there is anything to go on with."""
+        return self.folder is not None and self.folder.is_dir() and any(self.folder.iterdir())
+
     def _file(self, name: str, suffix: str) -> Path | None:
         digest = hashlib.sha256(name.encode()).hexdigest()[:32]
         return None if self.folder is None else self.folder / f"{digest}{suffix}"
@@ -37,9 +43,9 @@ class Ledger:
         if file is None or not file.is_file():
             return None
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
                 found = {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, zipfile.BadZipFile, KeyError):
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             return None
         self.taken_over.append(name)
         return found

@@ -7,28 +7,16 @@ where the tokenizer uses one, then up to `window` tokens in all. Windows do not 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from neuroweave.text.passages import cut
+from neuroweave.text.tokens import NamedText, start_tokens, token_ids_sha256
 
 GOLDEN = (5**0.5 - 1) / 2
-
-
-@runtime_checkable
-class Document(Protocol):
-    """Anything with a name and a text."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def text(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -71,18 +59,8 @@ class Sample:
 
     @property
     def sha256(self) -> str:
-        """Of all token ids, as little-endian int64."""
-        digest = hashlib.sha256()
-        for window in self.windows:
-            digest.update(np.asarray(window.token_ids, dtype="<i8").tobytes())
-        return digest.hexdigest()
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The start token as a list, empty where the tokenizer has none or does not put it before a text."""
-    start = tokenizer.bos_token_id
-    ids = encode(tokenizer, "a", special=True)
-    return [start] if start is not None and ids and ids[0] == start else []
+        """`token_ids_sha256` of the windows."""
+        return token_ids_sha256(window.token_ids for window in self.windows)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
@@ -103,7 +81,7 @@ def cut_windows(token_ids: Sequence[int], *, start: Sequence[int], window: int) 
 
 
 def draw_sample(
-    documents: Iterable[Document],
+    documents: Iterable[NamedText],
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neuroweave.diagnose.passages import Sample, encode, start_tokens
+from neuroweave.diagnose.passages import Sample, encode
+from neuroweave.text.tokens import start_tokens
 
 # Config entries that say where a checkpoint came from or how it is written, not what the model computes.
 BOOKKEEPING = {"_name_or_path", "architectures", "auto_map", "model_type", "neuroweave", "transformers_version"}
@@ -111,7 +112,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
                 vars(module).pop("_output_capturing_hooks_installed", None)
 
 
-def check_comparable(base: Profile, other: Profile, sample: Sample, window: int) -> None:
+def check_comparable(base: Subject | Profile, other: Subject | Profile, sample: Sample, window: int) -> None:
     """Raise ValueError unless both models read the same tokens and can hold a window.
 
     The vocabularies must be equal, and so must the tokens of every passage that is measured.
@@ -139,6 +140,15 @@ def check_comparable(base: Profile, other: Profile, sample: Sample, window: int)
         raise ValueError(
             f"{other.name} cuts the same text into other tokens than {base.name}, although the vocabularies are equal "
             "(merges, normalisation or start token differ); compare models with the same tokenizer"
+        )
+
+
+def check_vocabulary(base: tuple[str, int | None], other: tuple[str, int | None]) -> None:
+    """Raise ValueError unless both, each a name and a number of entries, predict over as many (None: not known)."""
+    if None not in (base[1], other[1]) and other[1] != base[1]:
+        raise ValueError(
+            f"{other[0]} predicts over {other[1]} entries and {base[0]} over {base[1]}, although their tokenizers are "
+            "equal (a padded or resized vocabulary?); give them the same size"
         )
 
 

@@ -6,6 +6,7 @@ and undone before the next. What changes a model is the caller's: nothing here k
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from neuroweave.diagnose.assembly import describe_model, describe_other, describe_text
-from neuroweave.diagnose.bootstrap import Bootstrap
+from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.experiment import MISTAKES, Experiment
 from neuroweave.diagnose.ledger import Ledger
-from neuroweave.diagnose.passages import Document, draw_sample
+from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.probes.prediction import Tallies, measure_windows
 from neuroweave.diagnose.probes.signal import SignalTally
 from neuroweave.diagnose.probes.stored import StoredReader
@@ -41,9 +42,16 @@ from neuroweave.diagnose.results.sweep import (
     change_key,
 )
 from neuroweave.diagnose.subject import Subject, at_rest
+from neuroweave.text.tokens import NamedText
 
 REFERENCE_DRIFT = 1e-6  # relative; the same states through the same head give the same likelihoods to the last bit
 NOTHING = {"speed": None, "gradient": None, "sampling": None, "weights": False}
+
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +78,7 @@ def variant_plan(**settings: Any) -> Plan:
 
 
 def make_heading(
-    kind: Kind, model: ModelUsed, tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], *, plan: Plan
+    kind: Kind, model: ModelUsed, tokenizer: PreTrainedTokenizerBase, documents: Iterable[NamedText], *, plan: Plan
 ) -> Heading:
     """The heading of a file of points, for which only the tokenizer is needed.
 
@@ -98,10 +106,14 @@ def make_heading(
 
 
 def measure_into(
-    file: PointsFile, base: Subject, documents: Iterable[Document], variants: Sequence[Variant]
+    file: PointsFile, base: Subject, documents: Iterable[NamedText], variants: Sequence[Variant]
 ) -> Iterator[Point]:
-    """`measure_variants` by the file's plan; each point is in the file before it is given."""
+    """`measure_variants` by the file's plan; each point is in the file before it is given.
+
+    Raises ValueError when another run is measuring into the file, or has done so since it was read.
+    """
     with scratch_beside(file.path) as scratch:
+        file.check_unchanged()
         for point in measure_variants(base, documents, variants, plan=file.heading.plan, ledger=Ledger(scratch)):
             if point.key != BASE or BASE not in file.points:
                 file.append(point)
@@ -110,18 +122,42 @@ def measure_into(
 
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
-    """A folder for the unchanged model's hidden states, gone at the end whatever happens."""
+    """A folder for the unchanged model's hidden states, gone at the end whatever happens, and locked meanwhile.
+
+    Raises ValueError when another run has it.
+    """
     folder = path.with_name(f".{path.name}.scratch")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(folder, path)
     try:
+        for left in folder.iterdir():  # by a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def lock(folder: Path, path: Path) -> int:
+    """The descriptor that holds a lock on `folder`; a process that ends, however, lets it go."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except BlockingIOError:
+        pass
+    except FileNotFoundError:  # the other run has just ended, and removed it
+        pass
+    except OSError:  # some network file systems have no locks
+        return descriptor
+    os.close(descriptor)
+    raise ValueError(f"{path}: another run is measuring into this file; wait for it, or name another file")
 
 
 def measure_variants(
-    base: Subject, documents: Iterable[Document], variants: Iterable[Variant], *, plan: Plan, ledger: Ledger
+    base: Subject, documents: Iterable[NamedText], variants: Iterable[Variant], *, plan: Plan, ledger: Ledger
 ) -> Iterator[Point]:
     """The unchanged model's point, then one for each variant, as soon as it is measured.
 
@@ -131,7 +167,7 @@ def measure_variants(
     """
     began = time.monotonic()
     experiment = Experiment(base, documents, plan, ledger)
-    bootstrap = Bootstrap(experiment.units, resamples=plan.resamples, seed=plan.seed)
+    bootstrap = Bootstrap(experiment.units, resamples=plan.resamples, seed=plan.seed, least=LEAST_UNITS)
     with at_rest(base.model):
         reference = experiment.store(base)
         count_base(experiment, reference)
@@ -214,7 +250,7 @@ def base_point(experiment: Experiment, bootstrap: Bootstrap, *, seconds: float) 
     """The unchanged model, by definition without a difference."""
     assert experiment.places is not None
     model = describe_model(experiment.base, experiment.places, experiment.plan, bootstrap)
-    several = experiment.units > 1
+    several = experiment.units >= LEAST_UNITS
     none, one = (Estimate(value=x, low=x, high=x) if several else Estimate(value=x) for x in (0.0, 1.0))
     zero, near_zero = sparsity(experiment.base.signal, bootstrap)
     outcome = Outcome(
@@ -282,7 +318,7 @@ def rank_layers(points: Sequence[Point], predictions: Sequence[int], *, plan: Pl
         RankedLayer(layer=layer, rank=rank, first=None, last=None, kl=outcome.kl)
         for rank, (layer, outcome) in enumerate(known, 1)
     ]
-    if len(predictions) < 2 or not known or not np.isfinite(sums).all():
+    if len(predictions) < LEAST_UNITS or not known or not np.isfinite(sums).all():
         return ranked
     draws = Bootstrap(len(predictions), resamples=plan.resamples, seed=plan.seed).means(sums, np.array(predictions))
     result = []

@@ -126,6 +126,9 @@ class NeuroBlastConfig(PreTrainedConfig):
         if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor must be 1: every channel of a head is rotated")
 
+    def validate_layer_type(self) -> None:
+        """Nothing: they follow from the stages, and transformers 5.17 would rename `conv` to `linear_attention`."""
+
     def _check_sizes(self) -> None:
         """Refuse what cannot be built, by name. Raises ValueError."""
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

@@ -366,14 +366,14 @@ class NeuroBlastModel(NeuroBlastPreTrainedModel):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Rows of several sequences: `position_ids` [B, T] that start anew in each; `seq_idx` [B, T] may number them."""
+        """Rows of several sequences: `position_ids` [B, T] start anew in each; `seq_idx` [B, T] may number them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if seq_idx is not None and (position_ids is None or attention_mask is not None or past_key_values is not None):
             raise ValueError(
-                "seq_idx needs position_ids that start anew in each sequence, no attention_mask and no past_key_values: "
-                "attention knows the sequences of a row by their positions"
+                "seq_idx needs position_ids that start anew in each sequence (attention knows sequences by those), "
+                "no attention_mask and no past_key_values"
             )
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
         # a compiler cannot branch on what the positions are: there, rows of one sequence must still get their cache
@@ -395,7 +395,7 @@ class NeuroBlastModel(NeuroBlastPreTrainedModel):
             hidden_states = self.get_submodule(layer.name)(
                 hidden_states,
                 after.get(layer.number),
-                attention_mask=masks.get(layer.type),
+                attention_mask=masks[layer.type],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 position_ids=position_ids,

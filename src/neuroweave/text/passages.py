@@ -13,6 +13,7 @@ SENTENCE_END = re.compile(
     r"[\"'\u201d\u2019)\]]*(\s+)(?=[\"'\u201c\u2018(\[]*[A-Z])"
 )
 SPACE = re.compile(r"\s+")
+SLACK = 200  # characters beyond the reach of a cut that are looked at: a place may begin or end there
 
 
 def cut(text: str, *, size: int = PASSAGE) -> list[str]:
@@ -27,20 +28,25 @@ def cut(text: str, *, size: int = PASSAGE) -> list[str]:
         return []
     parts = max(1, round(len(text) / size))
     length = len(text) / parts
-    kinds = (BLANK_LINE, SENTENCE_END, SPACE)
-    places = [[match.span(kind.groups) for match in kind.finditer(text)] for kind in kinds] if parts > 1 else []
     passages, start = [], 0
     for part in range(1, parts):
-        end, following = nearest(places, length * part, length / 4)
+        end, following = nearest(text, length * part, length / 4)
         passages.append(text[start:end])
         start = following
     return [*passages, text[start:]]
 
 
-def nearest(places: list[list[tuple[int, int]]], ideal: float, reach: float) -> tuple[int, int]:
-    """The span closest to `ideal` among the first kind of places that has one within `reach`; else `ideal` itself."""
-    for spans in places:
-        closest = min(spans, key=lambda span: abs(span[0] - ideal), default=None)
-        if closest is not None and abs(closest[0] - ideal) <= reach:
-            return closest
+def nearest(text: str, ideal: float, reach: float) -> tuple[int, int]:
+    """The span closest to `ideal` of the first kind of place that has one within `reach`; else `ideal` itself.
+
+    Only the text around `ideal` is searched: spans of a whole text of 200 MB would take more memory than a model.
+    """
+    first, last = max(0, int(ideal - reach) - SLACK), int(ideal + reach) + SLACK
+    for kind in (BLANK_LINE, SENTENCE_END, SPACE):
+        spans = [match.span(kind.groups) for match in kind.finditer(text, first, last)]
+        near = [span for span in spans if abs(span[0] - ideal) <= reach]
+        if near:
+            start, end = min(near, key=lambda span: abs(span[0] - ideal))
+            rest = SPACE.match(text, end)  # a run of spaces goes on where the search ended
+            return start, rest.end() if rest else end
     return round(ideal), round(ideal)

@@ -8,6 +8,7 @@ family of transformers, for models that neuroweave patched and for models with P
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ NOT_THE_MLP = ("norm", "attn", "attention", "expert", "router", "per_layer", "la
 MIXERS = ("mixer", "mamba", "ssm", "conv", "temporal", "recurrent", "rwkv", "lstm")
 NOT_RESIDUAL = re.compile(r"(^|\.)((q|k|v|qk|kv|query|key|value)_\w*|.*router\w*)$")
 PEFT_PREFIX = "base_model.model."
+_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<family>.+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,18 +84,28 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(prefix, embedding, layers, final, tuple(missing))
 
 
-def layer_and_family(parameter_name: str, anatomy: Anatomy) -> tuple[int | None, str]:
-    """("model.layers.3.mlp.down_proj.weight") -> (3, "mlp.down_proj.weight"); a name outside of the layers is whole.
+def layers_and_families(names: Iterable[str], *, stack: str = "") -> dict[str, tuple[int | None, str]]:
+    """Each tensor's layer and its name within it: `model.layers.3.mlp.up_proj.weight` is (3, `mlp.up_proj.weight`).
 
-    PEFT's own parts of a name are left out, so that a weight has one name with and without adapters.
+    `stack`: path of the decoder's list of layers (`Anatomy.prefix`); without one, the list that has the most names.
+    Layers of other lists (an image encoder's, say) keep its path in the family's name, so that no two tensors share a
+    layer and a family. A name outside of all layers is whole, with None. PEFT's own parts of a name are left out, so
+    that a weight has one family with and without adapters.
     """
-    name = plain_name(parameter_name)
-    inside = plain_name(anatomy.prefix) + "."
-    if anatomy.layers and name.startswith(inside):
-        number, _, family = name.removeprefix(inside).partition(".")
-        if number.isdecimal() and family:
-            return int(number), family
-    return None, name
+    plain = {name: plain_name(name) for name in names}
+    stack = plain_name(stack)
+    of_stack = re.compile(rf"(?P<stack>{re.escape(stack)})\.(?P<layer>\d+)\.(?P<family>.+)")
+    parts = {name: (stack and of_stack.fullmatch(own)) or _IN_LAYER.fullmatch(own) for name, own in plain.items()}
+    sizes = Counter(match["stack"] for match in parts.values() if match)
+    main = stack or max(sizes, key=lambda each: sizes[each], default="")
+    found: dict[str, tuple[int | None, str]] = {}
+    for name, match in parts.items():
+        if not match:
+            found[name] = None, plain[name]
+        else:
+            outside = "" if match["stack"] == main else f"{match['stack']}."
+            found[name] = int(match["layer"]), outside + match["family"]
+    return found
 
 
 def plain_name(name: str) -> str:

@@ -1,25 +1,21 @@
-"""The norm of the loss gradient of every parameter: one backward pass a window, no step.
-
-Gradients are taken off as they come, so that about one parameter's gradient is held at a time; with `head`, logits are
-computed a few positions at a time, and only what the head itself uses is held until the end of the window.
-"""
+"""The norm of the loss gradient of every parameter: one backward pass a window (`backward.py`), no step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import nn
 
-from neuroweave.diagnose.bootstrap import Bootstrap
+from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.passages import Window
-from neuroweave.diagnose.probes.anatomy import find_anatomy, layer_and_family
-from neuroweave.diagnose.probes.head import Head, head_rows
+from neuroweave.diagnose.probes.anatomy import find_anatomy, layers_and_families
+from neuroweave.diagnose.probes.backward import backward, prepared, taken_off
+from neuroweave.diagnose.probes.head import Head
 from neuroweave.diagnose.probes.signal import quotient
 from neuroweave.diagnose.results.gradient import FamilyGradient, FamilyRatio, Gradient, GradientDifference
 from neuroweave.diagnose.results.plan import GradientPlan
@@ -39,8 +35,8 @@ class GradientTally:
     @classmethod
     def empty(cls, model: nn.Module) -> GradientTally:
         """Nothing measured yet; `parameters_of(model)` is the order."""
-        anatomy = find_anatomy(model)
-        named = [(*layer_and_family(name, anatomy), parameter.numel()) for name, parameter in parameters_of(model)]
+        places = places_of(model)
+        named = [(*places[name], parameter.numel()) for name, parameter in parameters_of(model)]
         layers, families, sizes = (list(column) for column in zip(*named, strict=True))
         return cls(families, layers, sizes)
 
@@ -112,10 +108,14 @@ def measure_gradients(
 
 def parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Every parameter once (tied weights under their first name), those of the down projections first."""
-    anatomy = find_anatomy(model)
-    first = anatomy.down_family
+    first, places = find_anatomy(model).down_family, places_of(model)
     # Sorting is stable: all else stays in the order of the model.
-    return sorted(model.named_parameters(), key=lambda named: layer_and_family(named[0], anatomy)[1] != first)
+    return sorted(model.named_parameters(), key=lambda named: places[named[0]][1] != first)
+
+
+def places_of(model: nn.Module) -> dict[str, tuple[int | None, str]]:
+    """Layer and family of every parameter, by name."""
+    return layers_and_families([name for name, _ in model.named_parameters()], stack=find_anatomy(model).prefix)
 
 
 def spread(windows: Sequence[Window], count: int) -> list[Window]:
@@ -152,139 +152,6 @@ def check_differentiable(subject: Subject) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------- one window
-
-
-@dataclass(eq=False)
-class Collector:
-    """Norms of gradients by parameter name, in order of arrival.
-
-    A gradient that comes through the head is not complete before the last chunk, nor, if the parameter has a place in
-    the rest of the model too, before that was passed.
-    """
-
-    norms: dict[str, float] = field(default_factory=dict)
-    held: dict[str, nn.Parameter] = field(default_factory=dict)
-    of_head: bool = False  # the backward pass that runs is one of several through the head
-
-    def arrive(self, name: str, parameter: nn.Parameter) -> None:
-        if self.of_head:
-            self.held[name] = parameter
-        else:
-            self.finish(name, parameter)
-
-    def finish(self, name: str, parameter: nn.Parameter) -> None:
-        if parameter.grad is not None:
-            self.norms[name] = gradient_norm(parameter.grad)
-            parameter.grad = None
-
-
-@contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
-    """Eval mode, every parameter wants a gradient and has none; afterwards all is as before, and no hook is left.
-
-    transformers leaves hooks behind where it is asked for hidden states; see `subject.at_rest`.
-    """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    hooks = [set(module._forward_hooks) for module in modules]
-    marks = [vars(module).get("_output_capturing_hooks_installed") for module in modules]
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, wanted, gradient in before:
-            parameter.requires_grad_(wanted)
-            parameter.grad = gradient
-        for module, mode, kept, mark in zip(modules, modes, hooks, marks, strict=True):
-            module.training = mode
-            for hook in set(module._forward_hooks) - kept:
-                del module._forward_hooks[hook]
-            if mark is None:
-                vars(module).pop("_output_capturing_hooks_installed", None)
-
-
-@contextmanager
-def taken_off(parameters: Mapping[str, nn.Parameter]) -> Iterator[Collector]:
-    """Gradients that come inside are taken off and their norms kept; at the end no gradient and no hook is left."""
-    collector = Collector()
-    handles = [
-        parameter.register_post_accumulate_grad_hook(lambda arrived, name=name: collector.arrive(name, arrived))
-        for name, parameter in parameters.items()
-    ]
-    try:
-        yield collector
-        for name, parameter in collector.held.items():
-            collector.finish(name, parameter)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in parameters.values():
-            parameter.grad = None
-
-
-def backward(subject: Subject, ids: Int[Tensor, "1 tokens"], head: Head | None, collector: Collector) -> float:
-    """Back-propagate the mean negative log-likelihood of one window; returns it, in nats per token.
-
-    A loss that is not finite, or that no parameter takes part in, is not back-propagated.
-    """
-    model: Any = subject.model
-    targets = ids[0, 1:]
-    if head is None:
-        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits[0, :-1]
-        loss = summed_loss(logits, targets) / len(targets)
-        check_graph(subject, loss)
-        if torch.isfinite(loss):
-            loss.backward()
-        return loss.item()
-    out = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1, return_dict=True)
-    states = out.hidden_states[-1][0, :-1]
-    rows = head_rows(out.logits.shape[-1], torch.finfo(loss_dtype(out.logits)).bits // 8)
-    del out
-    check_graph(subject, states)
-    leaf = states.detach().requires_grad_()
-    total = 0.0
-    collector.of_head = True
-    for first in range(0, len(targets), rows):
-        chunk = slice(first, first + rows)
-        loss = summed_loss(head(leaf[chunk]), targets[chunk]) / len(targets)
-        total += loss.item()
-        if not np.isfinite(total):
-            return total
-        loss.backward()
-    collector.of_head = False
-    states.backward(leaf.grad)
-    return total
-
-
-def loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
-def summed_loss(logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
-    """Negative log-likelihood in nats, added up, in float32 at least."""
-    return nn.functional.cross_entropy(logits.to(loss_dtype(logits)), targets.to(logits.device), reduction="sum")
-
-
-def gradient_norm(gradient: Tensor) -> float:
-    """Euclidean norm; rows in float32 at least, then over rows in float64: no wide copy of a large gradient."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    rows = gradient.reshape(-1, gradient.shape[-1]) if gradient.ndim > 1 else gradient.reshape(1, -1)
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).cpu().double()).item()
-
-
-def check_graph(subject: Subject, result: Tensor) -> None:
-    if not result.requires_grad:
-        raise ValueError(
-            f"{subject.name} cannot give gradients: its loss does not depend on its parameters in a way that autograd "
-            "sees (a forward pass under no_grad?); leave the gradients out"
-        )
-
-
 def check_finite(
     subject: Subject, number: int, loss: float, norms: Mapping[str, float], tally: GradientTally, names: Sequence[str]
 ) -> None:
@@ -313,7 +180,7 @@ def check_finite(
 
 def gradient_result(tally: GradientTally, *, resamples: int, seed: int) -> Gradient:
     """Means over windows, with intervals over windows. Raises ValueError if no window was measured."""
-    bootstrap = Bootstrap(len(tally.losses), resamples=resamples, seed=seed)
+    bootstrap = Bootstrap(len(tally.losses), resamples=resamples, seed=seed, least=LEAST_UNITS)
     ones = np.ones((len(tally.losses), 1))
     norms = bootstrap.statistic(np.divide, np.array(tally.norms), ones)
     families = [
@@ -340,7 +207,7 @@ def gradient_difference(base: GradientTally, other: GradientTally, *, resamples:
         raise ValueError(
             f"the gradients are of {len(base.losses)} and {len(other.losses)} windows; measure both models on the same"
         )
-    bootstrap = Bootstrap(len(base.losses), resamples=resamples, seed=seed)
+    bootstrap = Bootstrap(len(base.losses), resamples=resamples, seed=seed, least=LEAST_UNITS)
     shared = [family for family in base.by_family if base.layers_of(family) == other.layers_of(family)]
     ours, theirs = ([index for family in shared for index in tally.by_family[family]] for tally in (base, other))
     ratios = iter(bootstrap.statistic(quotient, np.array(other.norms)[:, theirs], np.array(base.norms)[:, ours]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,30 @@ CHUNK_BYTES = 1 << 26  # of logits
 _CLOSE = 1e-3  # of the largest logit; another scale or a missing soft cap is off by far more
 
 
-def find_head(model: nn.Module, out: Any) -> Head | None:
+def unscaled(logits: Tensor) -> Tensor:
+    return logits
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """The output projection of a model and what its family does to the logits after it."""
+
+    projection: nn.Module
+    scale: Callable[[Tensor], Tensor] = unscaled
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.scale(self.projection(states))
+
+
+def plain_projection(head: Head | None) -> nn.Linear | None:
+    """The projection of `head` where it is a linear layer and nothing else: not patched, adapted or quantized."""
+    module = head.projection if isinstance(head, OutputHead) else head
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    return module
+
+
+def find_head(model: nn.Module, out: Any) -> OutputHead | None:
     """A function from last hidden states [tokens, width] to logits [tokens, vocabulary], in the model's dtype.
 
     `out`: of a forward pass with hidden states, to try candidates on. None when no candidate gives the model's own
@@ -40,7 +64,7 @@ def find_head(model: nn.Module, out: Any) -> Head | None:
     return None
 
 
-def candidates(model: nn.Module, module: nn.Module) -> Iterator[Head]:
+def candidates(model: nn.Module, module: nn.Module) -> Iterator[OutputHead]:
     """The output projection by itself, and with each of the scalings that families put after it."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
@@ -48,13 +72,13 @@ def candidates(model: nn.Module, module: nn.Module) -> Iterator[Head]:
     cap, scale, divisor = (
         getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
     )
-    yield module
+    yield OutputHead(module)
     if isinstance(cap, int | float) and cap:  # Gemma 2
-        yield lambda states: torch.tanh(module(states) / cap) * cap
+        yield OutputHead(module, lambda logits: torch.tanh(logits / cap) * cap)
     if isinstance(scale, int | float):  # Cohere
-        yield lambda states: module(states) * scale
+        yield OutputHead(module, lambda logits: logits * scale)
     if isinstance(divisor, int | float) and divisor:  # Granite
-        yield lambda states: module(states) / divisor
+        yield OutputHead(module, lambda logits: logits / divisor)
 
 
 def head_rows(vocabulary: int, itemsize: int = 4) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neuroweave.diagnose.passages import Sample, Window
 from neuroweave.diagnose.probes import metrics
-from neuroweave.diagnose.probes.head import Head, find_head, head_rows
+from neuroweave.diagnose.probes.head import find_head, head_rows
 from neuroweave.diagnose.probes.signal import SignalTally
 from neuroweave.diagnose.probes.tallies import PairTally, Places, Tally
 from neuroweave.diagnose.subject import Subject
@@ -54,7 +54,7 @@ class LiveReader:
         longest = max(sample.windows, key=lambda window: window.predictions)
         out = self._run(longest.token_ids[:4])
         self.vocabulary = int(out.logits.shape[-1])
-        self.head: Head | None = find_head(subject.model, out)
+        self.head = find_head(subject.model, out)
 
     def _run(self, token_ids: Sequence[int], **settings: Any) -> Any:
         ids = torch.tensor([list(token_ids)], device=self.subject.device)

@@ -10,6 +10,7 @@ Dimensions: units (passages of text), places (where norms are taken), layers (th
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,11 +30,11 @@ NEAR_ZERO = 0.01  # of the root mean square
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where norms are taken: at the input of `module`, or at its output."""
+    """Where norms are taken: at the input of `module`, or at its output. A place keeps no module in memory."""
 
     name: str
     layer: int | None
-    module: nn.Module
+    module: weakref.ref[nn.Module]
     output: bool = False
 
 
@@ -65,9 +66,14 @@ class SignalTally:
     """
 
     def __init__(self, model: nn.Module, *, units: int) -> None:
-        self.anatomy = find_anatomy(model)
-        self.places = find_places(self.anatomy)
-        self.downs = {number: layer.down for number, layer in enumerate(self.anatomy.layers) if layer.down is not None}
+        anatomy = find_anatomy(model)
+        # The tally outlives its model, whose weights would stay with any module that is kept here.
+        self.embedding = None if anatomy.embedding is None else weakref.ref(anatomy.embedding)
+        self.layers, self.unfound = len(anatomy.layers), anatomy.notes
+        self.places = find_places(anatomy)
+        self.downs = {
+            number: weakref.ref(layer.down) for number, layer in enumerate(anatomy.layers) if layer.down is not None
+        }
         self.seen = Seen()
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "tokens": ((units,), np.int64),  # positions but the first
@@ -91,7 +97,7 @@ class SignalTally:
     @property
     def notes(self) -> list[str]:
         """What the result leaves out, and why."""
-        notes = list(self.anatomy.notes)
+        notes = list(self.unfound)
         unread = [place for place, bad in zip(self.places, self.sums["unread_places"], strict=True) if bad]
         names = sorted({place.name for place in unread})
         if names:
@@ -109,17 +115,19 @@ class SignalTally:
     def attached(self) -> Iterator[None]:
         """Hooks on the model inside; none is left afterwards, whatever happened."""
         with ExitStack() as stack:
-            if self.places and self.anatomy.embedding is not None:
-                stack.callback(self.anatomy.embedding.register_forward_pre_hook(self._open).remove)
+            if self.places and self.embedding is not None:
+                stack.callback(living(self.embedding).register_forward_pre_hook(self._open).remove)
             for index, place in enumerate(self.places):
                 if place.output:
-                    handle = place.module.register_forward_hook(functools.partial(self._see_output, index))
+                    handle = living(place.module).register_forward_hook(functools.partial(self._see_output, index))
                 else:
                     see = functools.partial(self._see_input, index)
-                    handle = place.module.register_forward_pre_hook(see, with_kwargs=True)
+                    handle = living(place.module).register_forward_pre_hook(see, with_kwargs=True)
                 stack.callback(handle.remove)
             for index, down in enumerate(self.downs.values()):
-                handle = down.register_forward_pre_hook(functools.partial(self._see_down, index), with_kwargs=True)
+                handle = living(down).register_forward_pre_hook(
+                    functools.partial(self._see_down, index), with_kwargs=True
+                )
                 stack.callback(handle.remove)
             yield
 
@@ -159,7 +167,7 @@ class SignalTally:
             if norms is None:
                 sums["unread_places"][index] = True
                 continue
-            values = norms.cpu().numpy().astype(np.float64)
+            values = norms.float().cpu().numpy().astype(np.float64)
             sums["first_sums"][index] += values[0]
             sums["norm_sums"][unit, index] += values[1:].sum()
             sums["norm_squares"][index] += (values[1:] ** 2).sum()
@@ -172,8 +180,8 @@ class SignalTally:
             return
         self.sums["zeros"][unit, index] += int(seen.zeros)
         self.sums["near_zeros"][unit, index] += int(seen.near_zeros)
-        self.sums["squares"][index] += (seen.norms.cpu().numpy().astype(np.float64) ** 2).sum()
-        largest = seen.largest.cpu().numpy().astype(np.float64)
+        self.sums["squares"][index] += (seen.norms.float().cpu().numpy().astype(np.float64) ** 2).sum()
+        largest = seen.largest.float().cpu().numpy().astype(np.float64)
         self.largest[layer] = np.maximum(self.largest.get(layer, 0.0), largest)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -203,7 +211,7 @@ class SignalTally:
         depths = self.depths
         norms = self._norms(bootstrap)
         growth = bootstrap.statistic(mean_growth, *self.mean_norms) if depths else []
-        after = len(self.anatomy.layers) + 1
+        after = self.layers + 1
         return Signal(
             inputs=[norms[index] for index in depths],
             growth=growth,
@@ -214,7 +222,7 @@ class SignalTally:
     @property
     def depths(self) -> list[int]:
         """Indices of the places before each layer and after the last; empty where one of them could not be read."""
-        indices = list(range(len(self.anatomy.layers) + 1)) if self.places else []
+        indices = list(range(self.layers + 1)) if self.places else []
         return [] if self.sums["unread_places"][: len(indices)].any() or not self.sums["tokens"].any() else indices
 
     @property
@@ -325,16 +333,27 @@ def mean_difference(sums: np.ndarray, counts: np.ndarray, base_sums: np.ndarray,
 # ------------------------------------------------------------------------------------------------- reading one pass
 
 
+def living(module: weakref.ref[nn.Module]) -> nn.Module:
+    found = module()
+    if found is None:
+        raise ValueError("the model of this signal was let go; count on a model that is in memory")
+    return found
+
+
 def find_places(anatomy: Anatomy) -> list[Place]:
     """Before each layer, after the last, before each norm of each layer, before the final norm."""
     layers = anatomy.layers
     if not layers:
         return []
-    places = [Place("layer input", number, layer.module) for number, layer in enumerate(layers)]
-    places.append(Place("layer input", None, layers[-1].module, output=True))
-    places += [Place(name, number, norm) for number, layer in enumerate(layers) for name, norm in layer.norms.items()]
+    places = [Place("layer input", number, weakref.ref(layer.module)) for number, layer in enumerate(layers)]
+    places.append(Place("layer input", None, weakref.ref(layers[-1].module), output=True))
+    places += [
+        Place(name, number, weakref.ref(norm))
+        for number, layer in enumerate(layers)
+        for name, norm in layer.norms.items()
+    ]
     if anatomy.final_norm is not None:
-        places.append(Place("final norm", None, anatomy.final_norm))
+        places.append(Place("final norm", None, weakref.ref(anatomy.final_norm)))
     return places
 
 

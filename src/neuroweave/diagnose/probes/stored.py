@@ -9,20 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from neuroweave.checkpoint.staging import check_free_space
 from neuroweave.diagnose.passages import Sample, Window
+from neuroweave.diagnose.probes.head import Head, OutputHead, plain_projection
 from neuroweave.diagnose.probes.prediction import LiveReader, Seen
 
 _LOGITS = "logits"
+_HEAD = "head.safetensors"
 
 
 class StoredReader:
     """What `store` wrote, read back window by window. Holds the model's head, if it has one, and no more of it."""
 
     def __init__(self, reader: LiveReader, folder: Path) -> None:
-        self.name, self.vocabulary, self.head = reader.name, reader.vocabulary, reader.head
+        self.name, self.vocabulary = reader.name, reader.vocabulary
         self.folder, self.device = folder, reader.subject.device
+        self._head: OutputHead | None = reader.head
+        self._scale: Callable[[Tensor], Tensor] | None = None  # of a head that is in the folder
 
     def read(self, window: Window, number: int) -> Seen:
         tensors = load_file(window_file(self.folder, number), device=str(self.device))
@@ -30,9 +35,28 @@ class StoredReader:
         states = [tensors[str(depth)] for depth in range(len(tensors))]
         if logits is not None:
             return Seen(states, lambda rows: logits[rows])
-        head, last = self.head, states[-1]
-        assert head is not None
+        head, last = self._head or self._stored_head(), states[-1]
         return Seen(states, lambda rows: head(last[rows]))
+
+    def release(self) -> None:
+        """Hold nothing of the model any more: its head goes to a file, mapped while a window is worked on.
+
+        A head that lies in a checkpoint's mapped file would keep all of that file mapped. On another device than the
+        CPU, and where it is no plain linear layer, the head is held as before.
+        Raises ValueError when the disk has too little room.
+        """
+        head, projection = self._head, plain_projection(self._head)
+        if head is None or projection is None or self.device.type != "cpu":
+            return
+        parts = {name: part.contiguous() for name, part in projection.state_dict().items()}
+        check_free_space(self.folder, sum(part.nbytes for part in parts.values()))
+        save_file(parts, self.folder / _HEAD)
+        self._head, self._scale = None, head.scale
+
+    def _stored_head(self) -> Head:
+        parts, scale = load_file(self.folder / _HEAD), self._scale
+        assert scale is not None
+        return lambda states: scale(nn.functional.linear(states, parts["weight"], parts.get("bias")))
 
 
 def store(

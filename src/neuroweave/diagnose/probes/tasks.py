@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from neuroweave.diagnose.bootstrap import Bootstrap
+from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.probes.task_files import Wanted, find_tasks, shipped_tasks, write_for_harness
 from neuroweave.diagnose.results.plan import TaskPlan
 from neuroweave.diagnose.results.records import Record
@@ -227,7 +227,7 @@ def paired(
 ) -> TaskDifference:
     """`pairs`: the base's and the other's score of every question."""
     ours, theirs = (np.asarray(side, dtype=np.float64) for side in pairs)
-    bootstrap = Bootstrap(len(ours), resamples=resamples, seed=seed)
+    bootstrap = Bootstrap(len(ours), resamples=resamples, seed=seed, least=LEAST_UNITS)
     return TaskDifference(
         task=score.task,
         metric=score.metric,

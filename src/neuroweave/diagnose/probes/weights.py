@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 from neuroweave.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 from neuroweave.checkpoint.tensor_difference import compare_tensor
 from neuroweave.checkpoint.writer import dtype_code
+from neuroweave.diagnose.probes.anatomy import layers_and_families
 from neuroweave.diagnose.results.weights import TensorChange, Weights
 from neuroweave.diagnose.subject import Subject
 
@@ -30,7 +29,6 @@ SINGULAR_VALUES = 4
 _GRAM_SIDE = 1024  # up to here a Gram matrix is quicker than a Krylov space
 _KRYLOV_WIDTH, _KRYLOV_STEPS = 4, 32
 _BLOCK_ELEMENTS = 1 << 22
-_IN_LAYER = re.compile(r"(?:(?P<stack>.*?)\.)?(?:layers?|h|blocks?)\.(?P<layer>\d+)\.(?P<family>.+)")
 _PLACES = itertools.count(-1, -1)
 
 
@@ -216,19 +214,3 @@ def krylov_space(tall: Tensor) -> Tensor:
         basis = torch.cat([basis, block], dim=1)
     # a matrix of low rank runs out of directions, and then the last blocks are not orthogonal to the first
     return torch.linalg.qr(basis).Q
-
-
-def layers_and_families(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
-    """Each tensor's layer and its name within it. Layers of a second stack (an image encoder, say) keep the stack's
-    name before the family's, so that no two tensors share a layer and a family."""
-    parts = {name: _IN_LAYER.fullmatch(name) for name in names}
-    stacks = Counter(match["stack"] or "" for match in parts.values() if match)
-    largest = max(stacks, key=lambda stack: stacks[stack], default="")
-    found: dict[str, tuple[int | None, str]] = {}
-    for name, match in parts.items():
-        if match is None:
-            found[name] = None, name
-        else:
-            stack = match["stack"] or ""
-            found[name] = int(match["layer"]), match["family"] if stack == largest else f"{stack}.{match['family']}"
-    return found

@@ -28,6 +28,7 @@ from neuroweave.diagnose.results.records import Estimate
 
 NAMES_OF_A_BASE = ("base_model", "base", "model", "source", "repository", "repo_id", "_name_or_path")
 MOST_DOCUMENTS = 5
+TAG = "neuroweave"
 _MARKS = re.compile(r"([\\`*_\[\]|#!~$])")
 # the folders of an absolute path inside a text; its last part stays
 _FOLDERS = re.compile(r"(?<![\w/.~])(?:file://|~|[A-Za-z]:)?[\\/](?:[^\s\\/]+[\\/]+)+")
@@ -61,16 +62,35 @@ class Wording:
         return self.plain(value) if isinstance(value, str) else value
 
 
-def write_card(comparison: Comparison, other: Other, path: Path, *, hashed: bool = True) -> None:
+def write_card(
+    comparison: Comparison, other: Other, path: Path, *, hashed: bool = True, overwrite: bool = False
+) -> None:
     """Write `model_card` to `path`; the lineage is the manifest in the model's folder, else the files are hashed now.
 
-    `hashed`: False leaves the SHA-256 of files out, which takes time for large ones. Raises ValueError for a manifest
+    `hashed`: False leaves the SHA-256 of files out, which takes time for large ones. A file that is there is replaced
+    if it is a card of ours, or with `overwrite`. Raises ValueError for one that somebody else wrote, and for a manifest
     that cannot be understood.
     """
+    if path.exists() and not overwrite and not is_card(path):
+        raise ValueError(
+            f"{path}: not a card that neuroweave wrote, so it is not replaced; give the card another name, such as "
+            f"{path.with_name('MODEL_CARD.md')}, or overwrite=True"
+        )
     text = model_card(comparison, other, manifest=find_lineage(comparison.base, other.model, hashed=hashed))
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def is_card(path: Path) -> bool:
+    """Whether the file is a model card with the tag that `front_matter` gives."""
+    try:
+        parts = path.read_text(encoding="utf-8").split("---\n", 2)
+        data = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    tags = data.get("tags") if isinstance(data, dict) else None
+    return isinstance(tags, list) and TAG in tags
 
 
 def model_card(comparison: Comparison, other: Other, *, manifest: dict[str, Any] | None = None) -> str:
@@ -111,7 +131,7 @@ def front_matter(comparison: Comparison, other: Other, manifest: dict[str, Any] 
         base_model=find_base_model(comparison.base, model, manifest),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["neuroweave", *(tag for tag, fits in changes.items() if fits)],
+        tags=[TAG, *(tag for tag, fits in changes.items() if fits)],
         metrics=["perplexity"],
         model_name=wording.plain(model.name),
         eval_results=evaluations(comparison, other, wording),

@@ -169,7 +169,11 @@ class Comparison(Record):
     def read(cls, path: Path) -> Comparison:
         """The comparison stored at `path`. Raises ValueError if it is none, or of another schema version."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a comparison: not UTF-8 text ({error.reason})") from error
+        try:
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"

@@ -126,6 +126,7 @@ class PointsFile:
         self._sound: int | None = None  # bytes of whole lines; None: the file is to be begun
         if path.is_dir():
             raise ValueError(f"{path}: a folder; name a file")
+        self._size = size_of(path)
         if path.is_file() and path.stat().st_size and not overwrite:
             self._read()
 
@@ -169,8 +170,17 @@ class PointsFile:
         except ValidationError as error:
             raise ValueError(f"{self.path}, line {number}: not a point ({reason(error)}); remove the line") from error
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError when somebody else has written to the file since it was read or written here."""
+        if size_of(self.path) != self._size:
+            raise ValueError(
+                f"{self.path}: another run has written to this file meanwhile; the same command again goes on with "
+                "what is there now"
+            )
+
     def append(self, point: Point) -> None:
-        """Write a point to the file, which then holds it whatever comes."""
+        """Write a point to the file, which then holds it whatever comes. Raises ValueError as `check_unchanged`."""
+        self.check_unchanged()
         if self._sound is None:
             self._begin()
         line = (point.model_dump_json() + "\n").encode()
@@ -182,6 +192,7 @@ class PointsFile:
             os.fsync(file.fileno())
         assert self._sound is not None
         self._sound += len(line)
+        self._size = self._sound
         self.points[point.key] = point
 
     def _begin(self) -> None:
@@ -194,7 +205,12 @@ class PointsFile:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-        self._sound = len(line)
+        self._sound = self._size = len(line)
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes; None for a file that is not there."""
+    return path.stat().st_size if path.is_file() else None
 
 
 def reason(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ Additive:               W + scale * D
 
 Float32 arithmetic, one rounding to the stored dtype; float64 where float32 is stored, so that four roundings do not add
 up. Standard deviations are the population's, over the tensor. Source: the Fusion issue; docs/fusion.md.
+`compiled.py` has the twin of `edit_block` and `block_moments`, to the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _DOT = 1 << 13  # longer dot products would start the threads of the BLAS
 EXACT_BELOW = 1 << 20  # smaller tensors are summed in float64
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
-_ONES = np.ones(_DOT, "f4")
+LANES = 1 << 10  # float32 sums side by side: an order of adding that NumPy and a compiler can both keep to
 
 
 def contour_down(w: Any, d: Any, out: Any, *, scale: Any, gamma: Any) -> None:
@@ -100,29 +101,37 @@ _buffers = _Buffers()
 
 
 def block_moments(values: np.ndarray, *, exact: bool, shift: float = 0.0) -> Moments:
-    """The moments of `values - shift`. `exact`: float64 throughout, else float32 over 8,192 at a time."""
+    """The moments of `values - shift`. `exact`: float64 throughout, else float32 in lanes (`_lane_sums`)."""
     flat = values.reshape(-1)
     if exact or shift:
         wide = flat.astype("f8") - shift
         with np.errstate(over="ignore", invalid="ignore"):
             return Moments(flat.size, float(wide.sum()), float((wide * wide).sum()))
-    total = squares = 0.0
+    parts = [_lane_sums(flat[begin : begin + BLOCK]) for begin in range(0, flat.size, BLOCK)]
+    return moments_of(values, parts)
+
+
+def _lane_sums(part: np.ndarray) -> np.ndarray:
+    """The sum and the sum of squares of at most `BLOCK` values: value i is added to lane i % `LANES`, in order."""
+    lanes = np.zeros((2, LANES), "f4")
+    wide = _buffers.wide[: part.size]
+    np.copyto(wide, part, casting="unsafe")
+    whole = part.size // LANES * LANES
     with np.errstate(over="ignore", invalid="ignore"):
-        buffer = _buffers.wide
-        for begin in range(0, flat.size, BLOCK):
-            part = flat[begin : begin + BLOCK]
-            wide = buffer[: part.size]
-            np.copyto(wide, part, casting="unsafe")
-            squares += _squares(wide)
-            whole = wide.size // _DOT * _DOT
-            if whole:
-                total += float(np.matmul(wide[:whole].reshape(-1, 1, _DOT), _ONES[:, None]).sum(dtype="f8"))
-            total += float(np.dot(wide[whole:], _ONES[: wide.size - whole]))
-    lost = squares < 1e-30 * flat.size  # squares that leave the range of float32 below, or above
-    lost |= not (math.isfinite(total) and math.isfinite(squares)) and bool(np.isfinite(flat.astype("f4")).all())
-    if lost:
-        return block_moments(values, exact=True)
-    return Moments(flat.size, total, squares)
+        for sums in lanes:
+            np.add.reduce(wide[:whole].reshape(-1, LANES), axis=0, initial=0, out=sums)
+            sums[: part.size - whole] += wide[whole:]
+            np.multiply(wide, wide, out=wide)
+        return lanes.sum(axis=1, dtype="f8")
+
+
+def moments_of(values: np.ndarray, parts: list[np.ndarray]) -> Moments:
+    """The moments of `values` from the sums of their blocks, computed again where float32 could not hold those."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total, squares = (float(sum(part[which] for part in parts)) for which in (0, 1))
+    lost = squares < 1e-30 * values.size  # squares that leave the range of float32 below, or above
+    lost |= not (math.isfinite(total) and math.isfinite(squares)) and bool(np.isfinite(values.astype("f4")).all())
+    return block_moments(values, exact=True) if lost else Moments(values.size, total, squares)
 
 
 @dataclass(frozen=True)
@@ -214,12 +223,22 @@ def edit_block(edit: Edit, w: np.ndarray, d: np.ndarray, place: int, space: Work
     bits = f"u{new.itemsize}"
     differs = np.not_equal(new.view(bits), w.view(bits), out=space.differs[:size].reshape(shape))
     changed = int(np.count_nonzero(differs))
-    squares = change = 0.0
-    if place // BLOCK % 8 == 0:
+    sampled = is_sampled(place)
+    if sampled:
         np.subtract(out, wide, out=out)
-        squares, change = _finite_squares(flat[0]), _finite_squares(flat[2])
     w[...] = new
-    return Effect(changed, size, squares, change)
+    return effect_of(changed, flat[0], flat[2], sampled=sampled)
+
+
+def is_sampled(place: int) -> bool:
+    """Whether a block, by the place of its first weight, is one of the eighth whose change is measured."""
+    return place // BLOCK % 8 == 0
+
+
+def effect_of(changed: int, wide: np.ndarray, change: np.ndarray, *, sampled: bool) -> Effect:
+    """The effect on one block, from its weights and their change before rounding, both flat."""
+    squares = (_finite_squares(wide), _finite_squares(change)) if sampled else (0.0, 0.0)
+    return Effect(changed, wide.size, *squares)
 
 
 def _squares(flat: np.ndarray) -> float:

@@ -25,6 +25,7 @@ from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.surgery.fusion.append import added_bytes, append_shard, check_append, write_grown_files
 from neuroweave.surgery.fusion.arithmetic import Effect
+from neuroweave.surgery.fusion.compiled import load
 from neuroweave.surgery.fusion.delta_source import StoredDeltas
 from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, FusionPlan, Target, plan_fusion
 from neuroweave.surgery.fusion.tensor_edit import TensorEdit
@@ -167,6 +168,15 @@ def bytes_copied(checkpoint: Checkpoint, plan: FusionPlan, out: str | os.PathLik
     return total
 
 
+def compiled_bytes(plan: FusionPlan, options: FuseOptions) -> int:
+    """Bytes of deltas that compiled arithmetic can work on."""
+    return sum(
+        target.delta.nbytes
+        for target in plan.targets
+        if options.mode != "append" and target.stored.dtype == target.delta.dtype == "BF16"
+    )
+
+
 def check_files(folder: Path) -> None:
     """Refuse, before anything is written, what cannot come along: files that are none, and a damaged manifest."""
     if not folder.is_dir():
@@ -209,6 +219,7 @@ class _Job:
         self.checkpoint, self.deltas, self.options, self.plan = checkpoint, deltas, options, plan
         self.targets = plan.by_file()
         self.hashed, self.copy, self.scales = hashed, copy, scales
+        self.kernel = load(compiled_bytes(plan, options))
         self.reports: dict[str, list[dict[str, Any]]] = {}
         self.inputs: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, dict[str, Any]] = {}
@@ -298,9 +309,8 @@ class _Job:
         for target in self.targets[name]:
             begin = target.stored.offset
             groups.append(Group(copy_pieces(descriptor, position, position, begin - position)))
-            edit = TensorEdit(
-                target, self.checkpoint, self.deltas.source, self.options, self.scales.get(target.stored.name)
-            )
+            scale = self.scales.get(target.stored.name)
+            edit = TensorEdit(target, self.checkpoint, self.deltas.source, self.options, scale, self.kernel)
             edits.append(edit)
             groups.append(edit.group(begin))
             position = begin + target.stored.nbytes

@@ -26,6 +26,7 @@ from neuroweave.surgery.fusion.arithmetic import (
     block_moments,
     edit_block,
 )
+from neuroweave.surgery.fusion.compiled import Kernel
 from neuroweave.surgery.fusion.delta_source import ThreadBuffer
 from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, Target
 
@@ -61,13 +62,15 @@ _buffers = _Buffers()
 
 @dataclass
 class TensorEdit:
-    """One target, its sources, and what came of it: `effects` by place, `scale` once the moments are known."""
+    """One target, its sources, and what came of it: `effects` by place, `scale` once the moments are known. `kernel`:
+    the compiled arithmetic, or None for NumPy's."""
 
     target: Target
     checkpoint: Checkpoint
     deltas: DeltaSource
     options: FuseOptions
     scale: float | None = None  # given when a recorded fuse is replayed
+    kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
         self.effects: dict[int, Effect] = {}
@@ -134,9 +137,10 @@ class TensorEdit:
         rows, columns = matrix
         step = rows_per_piece(columns * STORED[dtype].itemsize)
         exact = rows * columns < EXACT_BELOW
+        moments = block_moments if self.kernel is None else self.kernel.block_moments
 
         def job(begin: int, end: int) -> Callable[[], Moments]:
-            return lambda: block_moments(read(begin, end), exact=exact, shift=shift)
+            return lambda: moments(read(begin, end), exact=exact, shift=shift)
 
         return [job(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
@@ -192,7 +196,7 @@ class TensorEdit:
                     last = min(end, covered_rows)
                     delta = self._read_delta(begin, last)
                     part = weights[: last - begin, :covered_columns]
-                    self.effects[begin] = edit_rows(edit, part, delta, begin, self.target.matrix[1])
+                    self.effects[begin] = edit_rows(edit, part, delta, begin, self.target.matrix[1], self.kernel)
             except BaseException:
                 _buffers.give_back(buffer)
                 raise
@@ -208,10 +212,13 @@ class TensorEdit:
         return make
 
 
-def edit_rows(edit: Edit, weights: np.ndarray, delta: np.ndarray, first_row: int, row_length: int) -> Effect:
+def edit_rows(
+    edit: Edit, weights: np.ndarray, delta: np.ndarray, first_row: int, row_length: int, kernel: Kernel | None = None
+) -> Effect:
     """Edit rows of any number and length in place, block by block. `row_length`: of the whole tensor."""
+    change = edit_block if kernel is None else kernel.edit_block
     return Effect.join(
-        edit_block(edit, weights[rows, columns], delta[rows, columns], place, _threads.space)
+        change(edit, weights[rows, columns], delta[rows, columns], place, _threads.space)
         for rows, columns, place in blocks(weights.shape, first_row, row_length)
     )
 

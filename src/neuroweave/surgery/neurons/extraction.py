@@ -36,9 +36,10 @@ from neuroweave.checkpoint.sealed import KEY
 from neuroweave.surgery.neurons.bank import SOURCE, Bank, Neuron
 from neuroweave.surgery.neurons.neuron_statistics import ChosenStatistics, LayerStatistics, rounded
 from neuroweave.surgery.neurons.selection import SELECTIONS, best, shares
-from neuroweave.surgery.neurons.text_windows import SETTLED, Document, Window, draw_windows, text_record
+from neuroweave.surgery.neurons.text_windows import SETTLED, Window, draw_windows, text_record
 from neuroweave.surgery.sites import activation_name as activation_formula
 from neuroweave.surgery.sites import text_decoder
+from neuroweave.text.tokens import NamedText
 
 WINDOW, TOKENS, BINS, MOMENTS = 512, 32_768, 24, 8
 Progress = Callable[[int, int], None]
@@ -68,7 +69,7 @@ class Block:
 def extract_neurons(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[Document],
+    documents: Iterable[NamedText],
     *,
     count: int,
     layers: Sequence[int] | None = None,

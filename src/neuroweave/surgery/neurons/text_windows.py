@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from neuroweave.text.tokens import NamedText, start_tokens, token_ids_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 SETTLED = 8  # the first position of a window that is measured, see extraction.py
-
-
-@runtime_checkable
-class Document(Protocol):
-    """Anything with a name and a text."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def text(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Window:
         }
 
 
-def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def encode(document: NamedText, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """The tokens of a document, without special ones; a tokenizer that knows no places decodes token by token."""
     if tokenizer.is_fast:
         found = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -75,14 +66,8 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return Encoded(document.name, "".join(pieces), ids, tuple(itertools.pairwise(ends)))
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token that this tokenizer puts before every text, or nothing."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return (ids[0],) if len(ids) and ids[0] == tokenizer.bos_token_id else ()
-
-
 def draw_windows(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, window: int, tokens: int | None, seed: int
+    documents: Iterable[NamedText], tokenizer: PreTrainedTokenizerBase, *, window: int, tokens: int | None, seed: int
 ) -> list[Window]:
     """Windows of at most `window` tokens that hold about `tokens` in all (None: the whole text), in the text's order.
 
@@ -92,7 +77,7 @@ def draw_windows(
     Raises ValueError when no window is longer than the positions that are not measured, `SETTLED`.
     """
     texts = list(documents)
-    start = start_token(tokenizer)
+    start = start_tokens(tokenizer)
     if window <= SETTLED:
         raise ValueError(
             f"a window of {window} tokens; expected more than {SETTLED}, as the first {SETTLED} are not measured"
@@ -128,12 +113,9 @@ def draw_windows(
 
 def text_record(windows: Sequence[Window]) -> dict[str, object]:
     """What was read, for provenance: documents, number of tokens, SHA-256 of all ids as little-endian int64."""
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(np.asarray(window.token_ids, dtype="<i8").tobytes())
     return {
         "documents": list(dict.fromkeys(window.encoded.document for window in windows)),
         "windows": len(windows),
         "tokens": sum(len(window.token_ids) for window in windows),
-        "sha256": digest.hexdigest(),
+        "sha256": token_ids_sha256(window.token_ids for window in windows),
     }

@@ -1,0 +1,199 @@
+"""`neuroweave generate`: continue a prompt with any checkpoint, the text on stdout as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from neuroweave.cli.console import json_option, note, print_json
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from neuroweave.cli.streaming import Continuation
+
+SEEDS = 2**32
+
+
+@click.command(
+    "generate",
+    help="""Continue a prompt with MODEL, a checkpoint folder or a hub id, patched or not.
+
+    The text goes to stdout as it is made, and nothing else does. A tokenizer with a chat template gets the prompt as a
+    user's message; --raw continues the text itself. Without options, the checkpoint's own generation settings hold.
+
+    \b
+    neuroweave generate MODEL --prompt "Once upon a time" --raw
+    neuroweave generate MODEL --prompt "What is a neuron?" --temperature 0.7 --seed 1
+    cat notes.txt | neuroweave generate MODEL --prompt -""",
+)
+@click.argument("model")
+@click.option("--prompt", metavar="TEXT", help="What to continue; - takes it from stdin, as a pipe without it does.")
+@click.option("--file", metavar="FILE", type=click.Path(path_type=Path), help="A UTF-8 file to continue.")
+@click.option("--chat/--raw", default=None, help="With or without the chat template.  [default: with it, if any]")
+@click.option("--system", metavar="TEXT", help="The system message of the chat.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="At most so many.")
+@click.option("--greedy", is_flag=True, help="Always the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0 means --greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), help="Sample from the K likeliest; 0 means all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share of probability.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Sample what has this share of the likeliest's probability.")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: repeat less.")
+@click.option("--seed", type=click.IntRange(0, SEEDS - 1), help="The same again.  [default: another each time]")
+@click.option("--prompt-lookup", type=click.IntRange(min=1), metavar="N", help="Draft N tokens from the text itself.")
+@click.option("--assistant", metavar="MODEL", help="A smaller model that drafts for this one.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
+@click.option("--stats", is_flag=True, help="One line on stderr at the end: tokens and tokens per second.")
+@click.option("--verbose", is_flag=True, help="Say on stderr how the model was loaded and how tokens are chosen.")
+@json_option
+def command(
+    model: str, prompt: str | None, file: Path | None, chat: bool | None, system: str | None, new_tokens: int,
+    seed: int | None, assistant: str | None, dtype: str, device: str, stats: bool, verbose: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    from neuroweave.cli.streaming import Writer
+
+    chosen = decoding(**options)
+    if assistant and "prompt_lookup_num_tokens" in chosen:
+        raise ValueError("--assistant and --prompt-lookup both draft tokens; give one of them")
+    text = read_prompt(prompt, file)
+    writer = Writer.load(model, assistant=assistant, dtype=dtype, device=device)
+    ids, templated = writer.encode(text, chat=chat, system=system)
+    limit = writer.room(ids, new_tokens)
+    config = writer.settings(chosen, limit, chat=templated)
+    seed = random.randrange(SEEDS) if seed is None else seed
+    facts = {"chat": templated, "settings": in_use(config), "seed": seed}
+    if verbose:
+        note(f"{model}: {writer.how}; {'chat template' if templated else 'raw text'}")
+        note(", ".join(f"{name} {value}" for name, value in in_use(config).items()) + f", seed {seed}")
+    with stdout(silent=as_json) as show:
+        continuation = writer.write(ids, config, seed=seed, show=show)
+    result = report(continuation, len(ids), cut=limit < new_tokens)
+    if as_json:
+        print_json({"model": model, "prompt": text, **result, **facts})
+    if stats:
+        note(summary(result))
+    if result["stopped"] == "context" and not as_json:
+        note(f"the context is full: {len(ids)} tokens of prompt and {limit} new ones")
+
+
+@contextlib.contextmanager
+def stdout(*, silent: bool) -> Iterator[Callable[[str], None]]:
+    """What shows a text piece by piece, each flushed; at the end, the last line is ended."""
+    ended = False
+
+    def show(text: str) -> None:
+        nonlocal ended
+        ended = text.endswith("\n")
+        if not silent:
+            click.echo(text, nl=False)  # echo flushes
+
+    yield show
+    if not silent and not ended:
+        click.echo()
+
+
+def decoding(
+    *, greedy: bool, prompt_lookup: int | None, repetition_penalty: float | None, **sampling: int | float | None
+) -> dict[str, Any]:
+    """What the options say to transformers' generation config; nothing where they say nothing."""
+    given = {name: value for name, value in sampling.items() if value is not None}
+    numbers = given if repetition_penalty is None else given | {"repetition_penalty": repetition_penalty}
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+    chosen: dict[str, Any] = {}
+    if greedy and given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--greedy takes the likeliest token and has no use for {named}; leave one of them out")
+    if greedy or given.get("temperature") == 0:
+        chosen["do_sample"] = False
+    elif given:
+        chosen |= {"do_sample": True, **given}
+    if repetition_penalty is not None:
+        chosen["repetition_penalty"] = repetition_penalty
+    if prompt_lookup is not None:
+        chosen["prompt_lookup_num_tokens"] = prompt_lookup
+    return chosen
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text to continue. A line break that ends a file or a pipe belongs to the file, not to the prompt.
+
+    Raises ValueError when there is none, when it is empty, and for what is not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise ValueError("give the prompt with --prompt or with --file, not both")
+    data: bytes | None = None
+    if file is not None:
+        origin, data = str(file), read_bytes(file)
+    elif prompt == "-" or (prompt is None and sys.stdin is not None and not sys.stdin.isatty()):
+        origin, data = "stdin", sys.stdin.buffer.read()
+    elif prompt is not None:
+        origin = "--prompt"
+    else:
+        raise ValueError("nothing to continue: give --prompt TEXT or --file FILE, or pipe a text in")
+    if data is not None:
+        try:
+            prompt = data.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    assert prompt is not None
+    if not prompt.strip():
+        raise ValueError(f"{origin}: the prompt is empty; a model needs something to continue")
+    return prompt
+
+
+def read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: the prompt cannot be read ({error.strerror})") from error
+
+
+def in_use(config: GenerationConfig) -> dict[str, Any]:
+    """How tokens are chosen, in the names of transformers; where checkpoint and options are silent, its defaults."""
+    names: dict[str, float | None] = {"repetition_penalty": 1.0}
+    if config.do_sample:
+        names |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+    values = {name: getattr(config, name, None) for name in names}
+    return {"do_sample": bool(config.do_sample)} | {
+        name: names[name] if value is None else value for name, value in values.items()
+    }
+
+
+def report(continuation: Continuation, prompt_tokens: int, *, cut: bool) -> dict[str, Any]:
+    """What was written and how fast; seconds of reading the prompt (prefill) and of all tokens after the first."""
+    prefill, decode = continuation.prefill_seconds, continuation.decode_seconds
+    tokens, later = len(continuation.token_ids), continuation.decoded_tokens
+    return {
+        "text": continuation.text,
+        "token_ids": continuation.token_ids,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": tokens,
+        "stopped": "context" if cut and continuation.stopped == "length" else continuation.stopped,
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "prefill_tokens_per_second": prompt_tokens / prefill if prefill > 0 else None,
+        "decode_tokens_per_second": later / decode if later and decode > 0 else None,
+    }
+
+
+def summary(facts: dict[str, Any]) -> str:
+    rates = [
+        f"{part} {facts[f'{part}_tokens_per_second']:.1f} tokens/s"
+        for part in ("prefill", "decode")
+        if facts[f"{part}_tokens_per_second"] is not None
+    ]
+    counts = f"{facts['prompt_tokens']} tokens of prompt, {facts['new_tokens']} new"
+    return ", ".join([counts, *rates, f"stopped: {facts['stopped']}"])
