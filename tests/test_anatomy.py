@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from neuroweave.diagnose.probes.anatomy import Anatomy, find_anatomy, layers_and_families, linear_sizes
+from neuroweave.neuroblast import NeuroBlastConfig, NeuroBlastForCausalLM
 from neuroweave.surgery import Recipe, patch
 
 # family: path of the layers, norms of a layer, final norm, down projection
@@ -68,7 +69,7 @@ EXPECTED = {
 def check(anatomy: Anatomy, model: nn.Module, family: str) -> None:
     prefix, norms, final, down = EXPECTED[family]
     layers = model.get_submodule(prefix)
-    assert anatomy.prefix == prefix
+    assert anatomy.stacks == ((prefix, 0),)
     assert [layer.module for layer in anatomy.layers] == list(layers) != []
     assert anatomy.final_norm is model.get_submodule(final)
     assert anatomy.embedding is model.get_input_embeddings()
@@ -132,15 +133,15 @@ def test_adapters_change_neither_parts_nor_names() -> None:
     names = [name for name, _ in model.named_parameters()]
     plain = find_anatomy(model)
     layers = [layer.module for layer in plain.layers]
-    wanted = list(layers_and_families(names, stack=plain.prefix).values())
+    wanted = list(layers_and_families(names, stacks=plain.stacks).values())
     adapted = get_peft_model(model, LoraConfig(r=INTERMEDIATE, target_modules=["down_proj", "q_proj"]))
     anatomy = find_anatomy(adapted)
     assert [layer.module for layer in anatomy.layers] == layers
     assert [layer.down_name for layer in anatomy.layers] == ["mlp.down_proj"] * 2
     assert linear_sizes(anatomy.layers[0].down) == (INTERMEDIATE, HIDDEN)
     adapted_names = [name for name, _ in adapted.named_parameters()]
-    for stack in (anatomy.prefix, ""):
-        found = layers_and_families(adapted_names, stack=stack)
+    for stacks in (anatomy.stacks, ()):
+        found = layers_and_families(adapted_names, stacks=stacks)
         assert [place for name, place in found.items() if "lora_" not in name] == wanted
         assert (1, "mlp.down_proj.lora_A.default.weight") in found.values()
 
@@ -159,7 +160,7 @@ def test_names() -> None:
         "model.blocks.3.mlp.down_proj.weight": (3, "model.blocks.mlp.down_proj.weight"),
     }
     assert layers_and_families(names) == names
-    assert layers_and_families(names, stack=find_anatomy(tiny_model("llama")).prefix) == names
+    assert layers_and_families(names, stacks=find_anatomy(tiny_model("llama")).stacks) == names
     assert layers_and_families(["base_model.model.lm_head.weight"]) == {
         "base_model.model.lm_head.weight": (None, "lm_head.weight")
     }
@@ -183,7 +184,7 @@ def test_names_by_themselves(name: str, place: tuple[int | None, str]) -> None:
 
 def test_a_list_of_layers_that_is_known_counts_whatever_its_name_and_size() -> None:
     names = ["tower.layers.0.w", "tower.layers.1.w", "model.stages.0.w"]
-    assert list(layers_and_families(names, stack="model.stages").values()) == [
+    assert list(layers_and_families(names, stacks=[("model.stages", 0)]).values()) == [
         (0, "tower.layers.w"),
         (1, "tower.layers.w"),
         (0, "w"),
@@ -219,3 +220,22 @@ def test_a_plain_module_without_a_config() -> None:
     assert anatomy.embedding is model.tokens
     assert torch.is_tensor(model.tokens.weight)
     assert anatomy.notes == ()
+
+
+def test_stages_of_a_decoder_are_counted_through() -> None:
+    model = NeuroBlastForCausalLM(
+        NeuroBlastConfig(
+            vocab_size=30, hidden_size=8, intermediate_size=16, head_dim=4, num_attention_heads=2,
+            num_key_value_heads=1, num_sensory_layers=3, num_associative_layers=2, num_motor_layers=2,
+        )
+    )  # fmt: skip
+    anatomy = find_anatomy(model)
+    assert anatomy.stacks == (("model.sensory_layers", 0), ("model.associative_layers", 3), ("model.motor_layers", 5))
+    assert len(anatomy.layers) == 7
+    assert anatomy.final_norm is model.model.norm
+    names = [name for name, _ in model.named_parameters()]
+    for stacks in (anatomy.stacks, ()):
+        places = layers_and_families(names, stacks=stacks)
+        assert places["model.associative_layers.1.conv.weight"] == (4, "conv.weight")
+        assert places["model.motor_layers.1.mlp.down_proj.weight"] == (6, "mlp.down_proj.weight")
+        assert places["model.sensory_to_motor.weight"] == (None, "model.sensory_to_motor.weight")

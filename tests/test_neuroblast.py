@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from neuroweave.checkpoint.layers import _STAGES
+from neuroweave.checkpoint.layers import STAGES as STAGE_LISTS
 from neuroweave.neuroblast import NeuroBlastConfig, NeuroBlastForCausalLM, plan_layers
 from neuroweave.neuroblast.convolution import METHODS, CausalConvolution
 from neuroweave.neuroblast.layer_plan import STAGES
@@ -138,7 +138,7 @@ def test_the_plan_is_the_published_one(case):
         layers = [layer for layer in planned if layer.stage == stage]
         assert [layer.dilation for layer in layers if layer.is_convolution] == facts["dilations"].get(stage, [])
         assert [None if layer.is_convolution else layer.rotary for layer in layers] == facts["use_rope"][stage]
-    assert tuple(f"{stage}_layers" for stage in STAGES) == _STAGES
+    assert tuple(f"{stage}_layers" for stage in STAGES) == STAGE_LISTS
 
 
 def test_default_configuration_is_the_published_size():

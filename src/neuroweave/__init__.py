@@ -27,18 +27,19 @@ def __getattr__(name: str) -> Any:
 
 
 class _Registrar:
-    """Once transformers' Auto classes are there (not before: importing them takes seconds), adds patched checkpoints.
+    """Once transformers' AutoConfig is there (not before: it takes seconds), adds NeuroBLAST and patched checkpoints.
 
-    A finder that lets the module be found as usual and has its loader go on with the registration. (wrapt has import
-    hooks too, but takes 80 ms to import, as long as NumPy: measured, 2026-11-23.)
+    A finder that lets transformers' modules be found as usual and, when the last of those that import each other has
+    been executed, registers. (wrapt has import hooks too, but takes 80 ms to import, as long as NumPy: measured,
+    2026-11-23.)
     """
 
-    name = "transformers.models.auto.modeling_auto"
+    name = "transformers.models.auto.configuration_auto"
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self.name or self not in sys.meta_path:
+        if not fullname.startswith("transformers.") or fullname in self.asked:
             return None
-        sys.meta_path.remove(self)
+        self.asked.add(fullname)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
@@ -46,10 +47,24 @@ class _Registrar:
 
         def load_and_register(module: Any) -> None:
             load(module)
-            self.register()
+            if self in sys.meta_path and self.name in sys.modules and not self.unfinished(fullname):
+                sys.meta_path.remove(self)
+                self.register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]  # of this one loader object
         return spec
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    @staticmethod
+    def unfinished(but: str) -> bool:
+        """Whether a module of transformers other than `but` is being imported: it would be found half made."""
+        return any(
+            name.startswith("transformers.") and name != but and getattr(module.__spec__, "_initializing", False)
+            for name, module in list(sys.modules.items())
+            if getattr(module, "__spec__", None) is not None
+        )
 
     @staticmethod
     def register() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 from neuroweave.checkpoint.header import TensorSpec
 
 # lists of layers that follow one another in a decoder of several stages, whose layers are counted through
-_STAGES = ("sensory_layers", "associative_layers", "motor_layers")
+STAGES = ("sensory_layers", "associative_layers", "motor_layers")
 _NUMBERED = re.compile(
-    rf"^(?P<stack>(?:.+?\.)?(?:layers?|h|blocks?|decoder_layers?|{'|'.join(_STAGES)}))\.(?P<number>\d+)\.(?P<rest>.+)$"
+    rf"^(?P<stack>(?:.+?\.)?(?:layers?|h|blocks?|decoder_layers?|{'|'.join(STAGES)}))\.(?P<number>\d+)\.(?P<rest>.+)$"
 )
 _OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|video|\bvit\b|perceiver|projector|\bmtp\b")
 _EMBEDDING = re.compile(
@@ -110,10 +110,10 @@ def _join_stages(stacks: dict[str, Stack]) -> dict[str, Stack]:
     joined: dict[str, Stack] = {}
     for path, stack in sorted(stacks.items(), key=lambda item: _stage_number(item[0])):
         parent, _, name = path.rpartition(".")
-        if name not in _STAGES:
+        if name not in STAGES:
             joined[path] = stack
             continue
-        stages = ",".join(stage.removesuffix("_layers") for stage in _STAGES)
+        stages = ",".join(stage.removesuffix("_layers") for stage in STAGES)
         prefix = f"{parent}." * bool(parent) + f"{{{stages}}}_layers"
         whole = joined.setdefault(prefix, Stack(prefix))
         before = max(whole.layers, default=-1) + 1
@@ -123,7 +123,7 @@ def _join_stages(stacks: dict[str, Stack]) -> dict[str, Stack]:
 
 def _stage_number(path: str) -> int:
     name = path.rpartition(".")[2]
-    return _STAGES.index(name) if name in _STAGES else -1
+    return STAGES.index(name) if name in STAGES else -1
 
 
 def find_embedding(tensors: Iterable[TensorSpec]) -> TensorSpec | None:

@@ -57,6 +57,8 @@ class NeuroBlastRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -297,9 +299,7 @@ class NeuroBlastPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": NeuroBlastLayer, "attentions": NeuroBlastAttention}  # noqa: RUF012
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a checkpoint that lacks tensors or has others is refused by name."""
         wanted = kwargs.pop("output_loading_info", False)
         any_shape = kwargs.pop("ignore_mismatched_sizes", False)
@@ -375,9 +375,9 @@ class NeuroBlastModel(NeuroBlastPreTrainedModel):
                 "seq_idx needs position_ids that start anew in each sequence (attention knows sequences by those), "
                 "no attention_mask and no past_key_values"
             )
-        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        alone = seq_idx is None and attention_mask is None and past_key_values is None
         # a compiler cannot branch on what the positions are: there, rows of one sequence must still get their cache
-        if may_be_packed and seq_idx is None and not (use_cache and torch.compiler.is_compiling()):
+        if alone and position_ids is not None and not (use_cache and torch.compiler.is_compiling()):
             seq_idx = find_packed_sequence_indices(position_ids.expand(embedded.shape[0], -1))
         if use_cache and past_key_values is None and seq_idx is None:
             past_key_values = DynamicCache(config=self.config)

@@ -7,13 +7,16 @@ family of transformers, for models that neuroweave patched and for models with P
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from neuroweave.checkpoint.layers import STAGES
 
 # What the field calls the projection from the intermediate size back to the hidden size.
 DOWN_NAMES = (
@@ -27,7 +30,9 @@ NOT_THE_MLP = ("norm", "attn", "attention", "expert", "router", "per_layer", "la
 MIXERS = ("mixer", "mamba", "ssm", "conv", "temporal", "recurrent", "rwkv", "lstm")
 NOT_RESIDUAL = re.compile(r"(^|\.)((q|k|v|qk|kv|query|key|value)_\w*|.*router\w*)$")
 PEFT_PREFIX = "base_model.model."
-_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?))\.(?P<layer>\d+)\.(?P<family>.+)")
+_IN_LAYER = re.compile(
+    rf"(?P<stack>(?:.*?\.)?(?:layers?|h|blocks?|{'|'.join(STAGES)}))\.(?P<layer>\d+)\.(?P<family>.+)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +47,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The parts of one model. `prefix`: module path of the list of layers; `embedding`: what token ids go into;
-    `notes`: what was not found, in words."""
+    """The parts of one model. `stacks`: module path of each list of layers and the number of its first layer (one list,
+    or a decoder's stages); `embedding`: what token ids go into; `notes`: what was not found, in words."""
 
-    prefix: str
+    stacks: tuple[tuple[str, int], ...]
     embedding: nn.Module | None
     layers: tuple[Layer, ...]
     final_norm: nn.Module | None
@@ -61,15 +66,17 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     """The parts of `model`; what cannot be found is left out, and `notes` say so."""
     kind = type(model).__name__
     decoder = text_decoder(model)
-    blocks = decoder_layers(model, decoder)
+    lists = decoder_layers(model, decoder)
     embedding = token_embedding(model)
-    if blocks is None:
+    if not lists:
         notes = (f"{kind}: no list of decoder layers was found, so nothing is told by layer",)
-        return Anatomy("", embedding, (), None, notes)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+        return Anatomy((), embedding, (), None, notes)
+    names = {id(module): name for name, module in model.named_modules()}
+    firsts = itertools.accumulate(map(len, lists[:-1]), initial=0)
+    stacks = tuple((names[id(blocks)], first) for blocks, first in zip(lists, firsts, strict=True))
     hidden = hidden_size(model)
-    layers = tuple(read_layer(block, hidden, intermediate_sizes(model)) for block in blocks)
-    final = find_final_norm(decoder, blocks, hidden)
+    layers = tuple(read_layer(block, hidden, intermediate_sizes(model)) for blocks in lists for block in blocks)
+    final = find_final_norm(decoder, lists[-1], hidden)
     missing = []
     if not any(layer.norms for layer in layers):
         missing.append(f"{kind}: no norms as wide as the hidden states were found in the layers")
@@ -81,31 +88,48 @@ def find_anatomy(model: nn.Module) -> Anatomy:
             f"{kind}: no plain down projection in {in_words(without, len(layers))} (a mixture of experts, or no MLP), "
             "so sparsity is not told there"
         )
-    return Anatomy(prefix, embedding, layers, final, tuple(missing))
+    return Anatomy(stacks, embedding, layers, final, tuple(missing))
 
 
-def layers_and_families(names: Iterable[str], *, stack: str = "") -> dict[str, tuple[int | None, str]]:
+def layers_and_families(
+    names: Iterable[str], *, stacks: Sequence[tuple[str, int]] = ()
+) -> dict[str, tuple[int | None, str]]:
     """Each tensor's layer and its name within it: `model.layers.3.mlp.up_proj.weight` is (3, `mlp.up_proj.weight`).
 
-    `stack`: path of the decoder's list of layers (`Anatomy.prefix`); without one, the list that has the most names.
-    Layers of other lists (an image encoder's, say) keep its path in the family's name, so that no two tensors share a
-    layer and a family. A name outside of all layers is whole, with None. PEFT's own parts of a name are left out, so
-    that a weight has one family with and without adapters.
+    `stacks`: the decoder's lists of layers (`Anatomy.stacks`); without them, the list that has the most names, or the
+    stages beside each other that it is one of. Layers of other lists (an image encoder's, say) keep its path in the
+    family's name, so that no two tensors share a layer and a family. A name outside of all layers is whole, with None.
+    PEFT's own parts of a name are left out, so that a weight has one family with and without adapters.
     """
     plain = {name: plain_name(name) for name in names}
-    stack = plain_name(stack)
-    of_stack = re.compile(rf"(?P<stack>{re.escape(stack)})\.(?P<layer>\d+)\.(?P<family>.+)")
-    parts = {name: (stack and of_stack.fullmatch(own)) or _IN_LAYER.fullmatch(own) for name, own in plain.items()}
-    sizes = Counter(match["stack"] for match in parts.values() if match)
-    main = stack or max(sizes, key=lambda each: sizes[each], default="")
+    firsts = {plain_name(path): first for path, first in stacks}
+    given = "|".join(map(re.escape, firsts))
+    of_stack = re.compile(rf"(?P<stack>{given})\.(?P<layer>\d+)\.(?P<family>.+)")
+    parts = {name: (firsts and of_stack.fullmatch(own)) or _IN_LAYER.fullmatch(own) for name, own in plain.items()}
+    firsts = firsts or main_stacks([match for match in parts.values() if match])
     found: dict[str, tuple[int | None, str]] = {}
     for name, match in parts.items():
         if not match:
             found[name] = None, plain[name]
         else:
-            outside = "" if match["stack"] == main else f"{match['stack']}."
-            found[name] = int(match["layer"]), outside + match["family"]
+            outside = "" if match["stack"] in firsts else f"{match['stack']}."
+            found[name] = firsts.get(match["stack"], 0) + int(match["layer"]), outside + match["family"]
     return found
+
+
+def main_stacks(matches: Sequence[re.Match[str]]) -> dict[str, int]:
+    """The list that has the most names, with 0; of a decoder in stages all, with their first layers' numbers."""
+    sizes = Counter(match["stack"] for match in matches)
+    main = max(sizes, key=lambda each: sizes[each], default="")
+    parent, dot, name = main.rpartition(".")
+    if name not in STAGES:
+        return {main: 0}
+    firsts, first = {}, 0
+    for stage in STAGES:
+        firsts[f"{parent}{dot}{stage}"] = first
+        numbers = [int(match["layer"]) for match in matches if match["stack"] == f"{parent}{dot}{stage}"]
+        first += max(numbers, default=-1) + 1
+    return firsts
 
 
 def plain_name(name: str) -> str:
@@ -159,8 +183,9 @@ def text_decoder(model: nn.Module) -> nn.Module:
     return model
 
 
-def decoder_layers(model: nn.Module, decoder: nn.Module) -> nn.ModuleList | None:
-    """The list with the most parameters, of those as long as the config says, if there are such."""
+def decoder_layers(model: nn.Module, decoder: nn.Module) -> list[nn.ModuleList]:
+    """The list with the most parameters, of those as long as the config says, if there are such; else the lists beside
+    each other that are as long together (a decoder's stages), or the list with the most parameters."""
     names = {id(module): name for name, module in model.named_modules()}
     lists = [
         module
@@ -169,10 +194,16 @@ def decoder_layers(model: nn.Module, decoder: nn.Module) -> nn.ModuleList | None
         and any(True for _ in module.parameters())
         and not any(word in names[id(module)].lower() for word in SIDE_PATHS)
     ]
+    if not lists:
+        return []
     count = getattr(text_config(model), "num_hidden_layers", None)
-    lists = [module for module in lists if len(module) == count] or lists
+    whole = [module for module in lists if len(module) == count]
+    parents = [names[id(module)].rpartition(".")[0] for module in lists]
+    beside = [module for module, parent in zip(lists, parents, strict=True) if parent == parents[0]]
+    if not whole and len(beside) > 1 and sum(map(len, beside)) == count:
+        return beside
     # The first of equals: a list inside of a list of one block can hold all of its parameters.
-    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()), default=None)
+    return [max(whole or lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))]
 
 
 def find_final_norm(decoder: nn.Module, layers: nn.ModuleList, hidden: int | None) -> nn.Module | None:

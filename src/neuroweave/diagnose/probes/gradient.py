@@ -115,7 +115,7 @@ def parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def places_of(model: nn.Module) -> dict[str, tuple[int | None, str]]:
     """Layer and family of every parameter, by name."""
-    return layers_and_families([name for name, _ in model.named_parameters()], stack=find_anatomy(model).prefix)
+    return layers_and_families([name for name, _ in model.named_parameters()], stacks=find_anatomy(model).stacks)
 
 
 def spread(windows: Sequence[Window], count: int) -> list[Window]:
