@@ -29,6 +29,7 @@ COMMANDS = {
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
     "compare": ("compare", "Measure what a change did to a model; write a report."),
     "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),
+    "calibrate": ("calibrate", "Bring a patched model back in closed form: minutes on a CPU."),
     "sensitivity": ("sensitivity", "Change one layer at a time; rank the layers."),
 }
 
@@ -84,8 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(program.main(args=arguments, prog_name="neuroweave", standalone_mode=False) or 0)
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        fail("stopped", 130)
+    except (KeyboardInterrupt, click.Abort) as stop:  # click makes an Abort of a KeyboardInterrupt
+        hint = str(stop.__cause__ or "") if isinstance(stop, click.Abort) else str(stop)
+        fail(f"stopped; {hint}" if hint else "stopped", 130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)

@@ -1,0 +1,395 @@
+"""Bring a patched model back to its teacher in closed form: layer by layer, without a gradient.
+
+In each layer, in this order: the MLP's neurons are matched (and, for a segment mixture, ordered by what each loses),
+then the attention's output projection and the MLP's down projection are solved again by ridge least squares, so that
+the patched layer lands on the teacher's residual stream. The patched layer reads what the layers before it now give,
+so an error made earlier is corrected later. Letters: B windows, T tokens, C hidden size, M neurons.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture
+from neuroweave.surgery.calibration.landing import Landing, find_landing
+from neuroweave.surgery.calibration.neurons import assign, match, segment_sizes
+from neuroweave.surgery.calibration.ridge import RidgeSums
+from neuroweave.surgery.calibration.stream import LayerStream
+from neuroweave.surgery.sites import FUSED_GATE_UP, layer_places, mlp_roles, projections
+
+Progress = Callable[[int, int, str], None]
+SAMPLE = 4096  # tokens on which neurons are matched
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """`ridge`: pull towards the present weights, relative to the Gram matrix's mean diagonal. `match`: scale neurons;
+    `order`: choose which neurons run which segment; `attention`: solve the attention's output projection as well."""
+
+    ridge: float = RIDGE
+    match: bool = True
+    order: bool = True
+    attention: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge must not be negative, got {self.ridge}")
+
+
+@dataclass
+class CalibratedLayer:
+    """What happened in one layer. Errors are |patched - teacher|^2 / |teacher's change in this layer|^2 of the stream
+    behind it, before and after; `scaled`: neurons whose scales are not 1; `moved`: neurons in another segment."""
+
+    layer: int
+    error_before: float = 0.0
+    error_after: float = 0.0
+    scaled: int = 0
+    moved: int = 0
+    solved: list[str] = field(default_factory=list)
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    layers: list[CalibratedLayer]
+    tokens: int
+    options: CalibrationOptions
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def calibrate(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    windows_NT: Tensor,
+    *,
+    folder: Path,
+    options: CalibrationOptions | None = None,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Change the weights of `student`, in place, so that it comes closer to `teacher` on the windows of token ids.
+
+    Both have the same layers. `folder`: where hidden states lie meanwhile (2 models, 8 bytes x tokens x hidden size).
+    Raises ValueError for models of different shapes and for windows that are too few.
+    """
+    options = options or CalibrationOptions()
+    layers: list[CalibratedLayer] = []
+    with (
+        LayerStream(teacher, windows_NT, folder=folder, batch=batch) as wanted,
+        LayerStream(student, windows_NT, folder=folder, batch=batch) as given,
+    ):
+        check_alike(student, teacher, given, wanted)
+        for number in range(len(given.layers)):
+            if progress is not None:
+                progress(number, len(given.layers), given.paths[number])
+            layers.append(calibrate_layer(given, wanted, options))
+    if progress is not None:
+        progress(len(layers), len(layers), "")
+    return Calibration(layers, windows_NT.numel(), options)
+
+
+def check_alike(student: PreTrainedModel, teacher: PreTrainedModel, given: LayerStream, wanted: LayerStream) -> None:
+    """Refuse a student that is not the teacher with other activations."""
+    if len(given.layers) != len(wanted.layers):
+        raise ValueError(f"the student has {len(given.layers)} layers, the teacher {len(wanted.layers)}")
+    shapes = {name: tuple(parameter.shape) for name, parameter in teacher.named_parameters()}
+    for name, parameter in student.named_parameters():
+        if name in shapes and tuple(parameter.shape) != shapes[name]:
+            raise ValueError(f"{name}: the student's is {list(parameter.shape)}, the teacher's {list(shapes[name])}")
+        if name not in shapes and not re.search(r"gating_logits$|beta$", name):
+            raise ValueError(f"{name}: the student has it and the teacher has not; is this the patched model's base?")
+
+
+# ------------------------------------------------------------------------------------------------------- one layer
+
+
+def calibrate_layer(given: LayerStream, wanted: LayerStream, options: CalibrationOptions) -> CalibratedLayer:
+    """Calibrate the present layer of the student; both streams go on to the next one."""
+    done = CalibratedLayer(given.at)
+    parts, teacher_parts = find_parts(given), find_parts(wanted)
+    targets: dict[int, Tensor] = {}
+    middles: dict[int, Tensor] = {}
+    for rows in wanted.batches():
+        with recording(teacher_parts) as seen:
+            targets[rows.start] = wanted.run(rows)
+        if teacher_parts.middle is not None:
+            middles[rows.start] = seen[teacher_parts.middle][0]
+    change = sum(
+        float((target - entering(wanted, rows, target)).pow(2).sum())
+        for rows, target in zip(wanted.batches(), targets.values(), strict=True)
+    )
+    if parts.down is not None and (options.match or options.order):
+        match_neurons(given, parts, teacher_parts, options, done)
+    before = [float((given.run(rows) - targets[rows.start]).pow(2).sum()) for rows in given.batches()]
+    done.error_before = sum(before) / max(change, 1e-30)
+    if options.attention and parts.attention is not None and parts.middle is not None and middles:
+        solve(given, parts, parts.attention, parts.attention_landing, parts.middle, middles, options.ridge)
+        done.solved.append("attention.o")
+    if parts.down is not None:
+        solve(given, parts, parts.down, parts.down_landing, None, targets, options.ridge)
+        done.solved.append("mlp.down")
+    else:
+        done.left_out = parts.reason
+    store_weights(given)
+    after = 0.0
+
+    def measured(rows: slice) -> Tensor:
+        nonlocal after
+        out = given.run(rows)
+        after += float((out - targets[rows.start]).pow(2).sum())
+        return out
+
+    given.advance(measured)
+    wanted.advance(lambda rows: targets[rows.start])
+    done.error_after = after / max(change, 1e-30)
+    return done
+
+
+def entering(stream: LayerStream, rows: slice, like: Tensor) -> Tensor:
+    return stream.stored(rows) if stream.at else torch.zeros_like(like)
+
+
+def store_weights(stream: LayerStream) -> None:
+    """Write the working copy's weights into the model's own layer, in its dtype."""
+    original, working = stream.layers[stream.at], stream.layer
+    if original is working:
+        return
+    with torch.no_grad():
+        for name, parameter in working.named_parameters():
+            original.get_parameter(name).copy_(parameter)
+
+
+# ------------------------------------------------------------------------------------------------------- its parts
+
+
+@dataclass
+class Parts:
+    """The modules of a layer that matter here. `middle`: the norm that the residual stream enters between attention
+    and MLP; `reason`: why there is no `down`."""
+
+    layer: nn.Module
+    down: nn.Module | None = None
+    gate: nn.Module | None = None
+    up: nn.Module | None = None
+    fused: bool = False
+    activation: nn.Module | None = None
+    attention: nn.Module | None = None
+    middle: nn.Module | None = None
+    down_landing: Landing | None = None
+    attention_landing: Landing | None = None
+    reason: str = ""
+
+    @property
+    def listened(self) -> list[nn.Module]:
+        found = (self.down, self.gate, self.up, self.activation, self.attention, self.middle)
+        return [module for module in found if module is not None]
+
+
+def find_parts(stream: LayerStream) -> Parts:
+    """Name the parts of the present layer, and try where the projections' outputs land."""
+    parts, layer = Parts(stream.layer), stream.layer
+    places = [place for place in layer_places(stream.model, layer, 0, "") if place.op]
+    blocks = {place.path.strip(".").rpartition(".")[0] for place in places if place.site == "mlp"}
+    if len(blocks) != 1:
+        parts.reason = "no MLP" if not blocks else f"{len(blocks)} MLPs"
+        return parts
+    block_name = blocks.pop()
+    block = layer.get_submodule(block_name)
+    roles = mlp_roles(projections(block))
+    down = getattr(block, roles.get("mlp.down", ""), None)
+    if not is_linear(down):
+        parts.reason = "its down projection is no plain matrix"
+        return parts
+    parts.down = down
+    parts.activation = next(layer.get_submodule(place.path.strip(".")) for place in places if place.site == "mlp")
+    fused = next((name for name in FUSED_GATE_UP if is_linear(getattr(block, name, None))), None)
+    parts.fused = fused is not None
+    parts.gate = getattr(block, fused or roles.get("mlp.gate") or roles.get("mlp.up", ""), None)
+    parts.up = None if fused or "mlp.gate" not in roles else getattr(block, roles["mlp.up"], None)
+    attention = next((place.path.strip(".") for place in places if place.site == "attention.o"), None)
+    if attention is not None and is_linear(layer.get_submodule(attention)):
+        parts.attention = layer.get_submodule(attention)
+    try_landings(stream, parts, block)
+    return parts
+
+
+def is_linear(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2 and not hasattr(module, "nf")
+    )
+
+
+def try_landings(stream: LayerStream, parts: Parts, block: nn.Module) -> None:
+    """Run one window as it is and with each projection's output zeroed, and see what that does."""
+    rows = slice(0, 1)
+    norms = [module for module in parts.layer.modules() if "norm" in type(module).__name__.lower()]
+    assert parts.down is not None
+    watched = [*norms, parts.down, block, *([parts.attention] if parts.attention is not None else [])]
+    with listening(watched) as seen:
+        landing = stream.run(rows)
+    passed = {norm: seen[norm] for norm in norms if norm in seen}
+    entered_block = seen[block][0]
+    parts.middle = next((norm for norm, (_, left) in passed.items() if left is entered_block), None)
+    with silenced(parts.down):
+        without = stream.run(rows)
+    try:
+        parts.down_landing = find_landing(seen[parts.down][1], landing, without, passed)
+    except ValueError as error:
+        parts.reason, parts.down = str(error), None
+        return
+    if parts.attention is None or parts.middle is None or parts.attention not in seen:
+        parts.attention = None
+        return
+    with silenced(parts.attention), listening([parts.middle]) as silent:
+        stream.run(rows)
+    try:
+        y, at = seen[parts.attention][1], seen[parts.middle][0]
+        parts.attention_landing = find_landing(y, at, silent[parts.middle][0], passed)
+    except ValueError:
+        parts.attention = None
+
+
+@contextmanager
+def listening(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """(input, output) of each module in the passes within the block, the last one's."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+        given: Any = inputs[0] if inputs else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        seen[module] = (given, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recording(parts: Parts) -> Any:
+    return listening([parts.middle] if parts.middle is not None else [])
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------- solving, matching
+
+
+def solve(
+    stream: LayerStream, parts: Parts, projection: nn.Module, landing: Landing | None, at: nn.Module | None,
+    targets: dict[int, Tensor], ridge: float,
+) -> None:  # fmt: skip
+    """Solve the projection's weight so that the stream (behind the layer, or entering `at`) lands on the targets."""
+    assert landing is not None
+    weight: Any = projection.weight
+    sums = RidgeSums(weight.shape[1], weight.shape[0])
+    for rows in stream.batches():
+        with listening([projection, *([at] if at is not None else [])]) as seen:
+            out = stream.run(rows)
+        a, y = seen[projection]
+        reached = out if at is None else seen[at][0]
+        rest = reached - landing.added(y)
+        aim, importance = landing.wanted(targets[rows.start] - rest, y)
+        sums.add(a.flatten(0, 1), (aim - y).flatten(0, 1), importance.flatten(0, 1))
+    with torch.no_grad():
+        weight.add_(sums.correction(ridge).to(weight.dtype))
+
+
+def match_neurons(
+    stream: LayerStream, parts: Parts, teacher: Parts, options: CalibrationOptions, done: CalibratedLayer
+) -> None:
+    """Scale and order the neurons of the present layer, from a sample of its tokens."""
+    old, new = teacher.activation, parts.activation
+    if old is None or new is None or parts.gate is None or isinstance(new, NeuronMixture):
+        return
+    gates, ups, sampled = [], [], 0
+    for rows in stream.batches():
+        with listening([module for module in (parts.gate, parts.up) if module is not None]) as seen:
+            stream.run(rows)
+        gate = seen[parts.gate][1].flatten(0, 1)
+        if parts.fused:
+            gate, up = gate.chunk(2, dim=-1)
+        else:
+            up = seen[parts.up][1].flatten(0, 1) if parts.up is not None else torch.ones_like(gate)
+        gates.append(gate)
+        ups.append(up)
+        sampled += len(gate)
+        if sampled >= SAMPLE:
+            break
+    with torch.no_grad():
+        gate, up = torch.cat(gates)[:SAMPLE], torch.cat(ups)[:SAMPLE]
+        if options.order and isinstance(new, SegmentMixture):
+            gate, up = order_neurons(parts, new, old, gate, up, options.match, done)
+        if options.match:
+            s, c, _ = match(old, new, gate, up)
+            scale_neurons(parts, s, c)
+            done.scaled = int(((s != 1) | (c != 1)).sum())
+
+
+@torch.no_grad()
+def order_neurons(
+    parts: Parts, new: SegmentMixture, old: nn.Module, gate: Tensor, up: Tensor, scaled: bool, done: CalibratedLayer
+) -> tuple[Tensor, Tensor]:
+    """Permute the neurons so that each segment gets those that lose least by its activation."""
+    assert parts.down is not None
+    down: Any = parts.down.weight
+    lengths = down.pow(2).sum(0)
+    errors = []
+    for member in new.members:
+        plain = ((member(gate) - old(gate)) * up).pow(2).sum(0)
+        errors.append((match(old, member, gate, up)[2] if scaled else plain) * lengths)
+    sizes = segment_sizes(gate.shape[1], len(new.members))
+    order = assign(torch.stack(errors, dim=1), sizes)
+    done.moved = moved(order, sizes)
+    for weight in neuron_rows(parts):
+        weight.copy_(
+            weight[order] if len(weight) == len(order) else torch.cat([half[order] for half in weight.chunk(2)])
+        )
+    down.copy_(down[:, order])
+    return gate[:, order], up[:, order]
+
+
+def moved(order: Tensor, sizes: list[int]) -> int:
+    """How many neurons are in another segment than before."""
+    segments = torch.cat([torch.full((size,), k) for k, size in enumerate(sizes)])
+    return int((segments[order] != segments).sum())
+
+
+def scale_neurons(parts: Parts, s: Tensor, c: Tensor) -> None:
+    assert parts.gate is not None
+    assert parts.down is not None
+    for tensor in (parts.gate.weight, getattr(parts.gate, "bias", None)):
+        if isinstance(tensor, Tensor):
+            rows = tensor.chunk(2)[0] if parts.fused else tensor
+            rows.mul_(s[:, None] if tensor.ndim == 2 else s)
+    down: Any = parts.down.weight
+    down.mul_(c)
+
+
+def neuron_rows(parts: Parts) -> Iterator[Any]:
+    """Weights and biases whose rows are neurons."""
+    for module in (parts.gate, parts.up):
+        for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if isinstance(tensor, Tensor):
+                yield tensor
