@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,11 @@ def test_a_stopped_run_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(experiment, "write_all", interrupted)
         assert run(*words, "--out", tmp_path / "out") == 130
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1] == (
+        "neuroweave: stopped; what was measured is kept, the same command goes on with it"
+    )
+    assert re.search(r"^measuring: \d+ windows$", error, re.MULTILINE)
     assert not (tmp_path / "out").exists()
     reads: list[int] = []
     read = prediction.LiveReader.read

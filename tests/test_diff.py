@@ -207,7 +207,7 @@ def test_names_shapes_and_dtypes(capsys, tmp_path):
     assert "float32 -> bfloat16" in out
     assert "only in A: x F32 [3]\nonly in B: w F32 [3]\nother shape: y F32 [2, 3] -> F32 [3, 2]\n" in out
     assert out.endswith(
-        "differ: 1 tensors changed, 1 of another shape, 1 only in A, 1 only in B; 0 tensors identical to the byte\n"
+        "differ: 1 tensor changed, 1 of another shape, 1 only in A, 1 only in B; 0 tensors identical to the byte\n"
     )
 
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from fusion_models import llama_config, mlp_names, weights, write_checkpoint
+from fusion_models import deltas_for, llama_config, mlp_names, weights, write_checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -78,6 +78,26 @@ def test_fused_it_is_b(capsys, pair, tmp_path, monkeypatch, dtype):
     for name, tensor in wanted.items():
         assert torch.equal(fused[name].view(torch.int16), tensor.view(torch.int16)), name
     assert verify_checkpoint(out).sound
+
+
+def test_the_delta_of_a_fuse(capsys, tmp_path):
+    """A default fuse leaves up projections alone, and so the delta: the printed command asks for what it holds."""
+    tensors = weights()
+    a = write_checkpoint(tmp_path / "a", tensors, config=llama_config())
+    words = ["--weights", write_checkpoint(tmp_path / "d", deltas_for(tensors)), "--output", tmp_path / "b"]
+    assert run(capsys, "fuse", "--model", a, *words, "--layers", "0,2")[0] == 0
+    code, text, _ = run(capsys, "extract-delta", a, tmp_path / "b", "--output", tmp_path / "delta")
+    assert code == 0
+    assert "4 tensors that differ" in text
+    words = text.splitlines()[2].removeprefix("apply it:  neuroweave ").replace("DIR", str(tmp_path / "again")).split()
+    code, _, err = run(capsys, *words)
+    assert (code, err) == (0, "no delta for layer 1: left as it is\n")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+    code, _, err = run(capsys, *words[:-1], tmp_path / "no", "--layers", "0", "1")
+    assert code == 2
+    assert "no delta for model.layers.1.mlp.gate_proj.weight (and 2 more)" in err
 
 
 def test_float32_counts_what_it_misses(capsys, pair, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -89,13 +90,23 @@ def test_a_replay_with_other_inputs_writes_nothing(capsys, bank, model, tmp_path
         assert not (tmp_path / "no").exists()
 
     other = write_checkpoint(tmp_path / "other", weights(seed=9), shards=2, config=llama_config())
-    refused("the recorded options give", model=other)
-    tensors = weights()
-    tensors["model.norm.weight"][0] = 2.0
-    another = write_checkpoint(tmp_path / "another", tensors, shards=2, config=llama_config())
-    refused(".safetensors: the model's SHA-256 is", model=another)
+    shards = "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors"
+    refused(f"{other}: this is not the model of the recipe: {shards} have another SHA-256; nothing was", model=other)
+    whole = write_checkpoint(tmp_path / "whole", weights(), config=llama_config())
+    refused(
+        f"{shards}, model.safetensors.index.json are missing; model.safetensors is not in the recipe",
+        model=whole,
+    )
+    another = shutil.copytree(model, tmp_path / "another")
+    with (another / "model-00002-of-00002.safetensors").open("r+b") as file:  # the norm's last weight
+        file.seek(-1, 2)
+        file.write(b"\x40")
+    refused("not the model of the recipe: model-00002-of-00002.safetensors has another SHA-256", model=another)
     name = sorted(recipe["outputs"])[0]
-    refused("the output's SHA-256 is", recipe | {"outputs": recipe["outputs"] | {name: "0" * 64}})
+    refused(
+        f"this is not the recipe's output: {name} has another SHA-256",
+        recipe | {"outputs": recipe["outputs"] | {name: "0" * 64}},
+    )
     refused("give the recorded one with --bank", bank=None)
     refused("not a fusion recipe", {"recipe": 9})
     refused("the recipe has no scales", {key: value for key, value in recipe.items() if key != "scales"})
@@ -130,7 +141,11 @@ def test_foreign_deltas_are_replayed_from_their_folder(capsys, model, tmp_path):
     assert run(capsys, *words, tmp_path / "again", "--weights", folder)[0] == 0
     assert outputs(tmp_path / "again") == outputs(tmp_path / "out")
     save_file({name: value * 2 for name, value in tensors.items()}, folder / "model.safetensors")
-    assert "the recorded options give" in run(capsys, *words, tmp_path / "third", "--weights", folder)[2]
+    other = f"{folder}: these are not the deltas of the recipe: model.safetensors has another SHA-256"
+    assert other in run(capsys, *words, tmp_path / "third", "--weights", folder)[2]
+    (folder / "model.safetensors").rename(folder / "bank.safetensors")
+    words += [tmp_path / "third", "--bank", folder / "bank.safetensors"]
+    assert "--bank would not be read: the recipe records deltas that no bank" in run(capsys, *words)[2]
     assert read_manifest(tmp_path / "out")["inputs"]["deltas"]["kind"] == "deltas"
 
 

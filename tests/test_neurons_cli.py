@@ -63,6 +63,7 @@ def test_extraction_from_a_folder(folder: Path, tmp_path: Path, capsys: pytest.C
     assert run("extract", "--model", folder / "model", *words, "--output", out) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{out}: 4 neurons of hidden size 32, 0.0")
+    assert printed.err.splitlines()[-1] == "reading model twice"
     bank = load_bank(out)
     assert [neuron.origin["layer"] for neuron in bank.neurons] == [1, 1, 2, 2]
     model = bank.provenance["model"]
@@ -113,6 +114,7 @@ def test_the_output_is_checked_before_the_model_is_read(
         (["extract", "--model", "model", "--select", "size"], "'size' is not one of"),
         (["extract", "--model", "model", "--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["extract"], "Missing option '--model'"),
+        (["derive", "."], ".: a folder; a bank is one .safetensors file; name a file in it, such as bank.safetensors"),
         (["derive", "absent.safetensors"], "absent.safetensors: no such file; expected a neuron bank"),
         (["derive", "model/model.safetensors"], "a safetensors file, but not a neuron bank"),
     ],
@@ -197,6 +199,26 @@ def test_a_defined_neuron_is_drawn_as_its_function(folder: Path, capsys: pytest.
 def test_an_unknown_neuron_is_refused_with_the_nearest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("show", folder / "bank.safetensors", "--neuron", "soft-treshold") == 2
     assert "no neuron named 'soft-treshold'; did you mean 'soft-threshold'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["model"],
+            "model: a folder; a bank is one .safetensors file; it looks like a model: neuroweave neurons extract",
+        ),
+        (["texts"], "texts: a folder; a bank is one .safetensors file; name a file"),
+        (["--overwrite"], "--overwrite belongs to --figure: nothing else is written"),
+        (["bank.safetensors", "--neuron", "twin", "--limit", "24"], "--limit is for the table of all neurons"),
+    ],
+)
+def test_what_cannot_be_shown(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    assert run("show", *words) == 2
+    assert capsys.readouterr().err.startswith(f"neuroweave: {message}")
 
 
 def test_json_and_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,9 +312,24 @@ def test_single_file_beside_an_index(folder):
 def test_files_without_an_index(capsys, tmp_path):
     for name in ("adapter", "other"):
         save_file({"a": np.ones(1, "f4")}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
     code, out, err = run(capsys, tmp_path)
     assert (code, out) == (0, "sound: 2 tensors in 2 files, 0.0 MB; every value finite\n")
     assert "each .safetensors file is checked alone" in err
+
+
+def test_a_folder_of_models_is_no_checkpoint(capsys, folder):
+    """Nothing is called sound that was not looked at: what could be meant is named."""
+    place = folder.parent
+    refused = f"neuroweave: {place}: no checkpoint in this folder; nothing was checked"
+    assert run(capsys, place) == (2, "", f"{refused}; the folder model in it is\n")
+    save_file({"a": np.ones(1, "f4")}, place / "bank.safetensors")
+    (place / "other").mkdir()
+    save_file({"a": np.ones(1, "f4")}, place / "other" / "model.safetensors")
+    (place / "notes").mkdir()
+    names = "; the folders model, other in it are; to check a file alone, name it: bank.safetensors"
+    assert run(capsys, place) == (2, "", f"{refused}{names}\n")
+    assert run(capsys, place / "bank.safetensors")[0] == 0
 
 
 @pytest.mark.parametrize("case", ["absent", "empty", "a text"])
@@ -467,5 +482,5 @@ def test_memory_and_imports(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     summary, peak = done.stdout.splitlines()
-    assert summary.startswith("sound: 1 tensors in 1 file, 536.9 MB")
+    assert summary.startswith("sound: 1 tensor in 1 file, 536.9 MB")
     assert int(peak) < 150_000

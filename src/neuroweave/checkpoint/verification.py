@@ -23,6 +23,7 @@ from neuroweave.checkpoint.manifest import MANIFEST_FILE, sha256_of
 from neuroweave.checkpoint.reader import INDEX_FILE, SINGLE_FILE, list_files, read_config, read_index
 from neuroweave.checkpoint.scanning import FileScan, scan_file
 
+_MARKS = ("config.json", "adapter_config.json", MANIFEST_FILE)  # of a folder whose tensor files belong together
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
 
 
@@ -118,11 +119,28 @@ def _shards(folder: Path, found: Verification) -> list[str]:
         except ValueError:
             pass  # reported by `_check_index`; what lies in the folder can be checked all the same
     names = sorted(item.name for item in folder.glob("*.safetensors") if item.is_file())
-    if not names and not (folder / INDEX_FILE).is_file():
-        raise ValueError(f"{folder}: no .safetensors file in this folder; expected a checkpoint")
-    if not (folder / INDEX_FILE).is_file():
-        found.add(NOTE, "layout", "", f"no {SINGLE_FILE} and no {INDEX_FILE}: each .safetensors file is checked alone")
+    if (folder / INDEX_FILE).is_file():
+        return names
+    if not names or not any((folder / mark).is_file() for mark in _MARKS):
+        raise ValueError(f"{folder}: no checkpoint in this folder{_elsewhere(folder, names)}")
+    found.add(NOTE, "layout", "", f"no {SINGLE_FILE} and no {INDEX_FILE}: each .safetensors file is checked alone")
     return names
+
+
+def _elsewhere(folder: Path, files: list[str]) -> str:
+    """What a person may have meant by a folder that is no checkpoint: folders in it that are, and files."""
+    inside = sorted(item.name for item in folder.iterdir() if item.is_dir())
+    checkpoints = [
+        name for name in inside if any((folder / name / file).is_file() for file in (SINGLE_FILE, INDEX_FILE))
+    ]
+    parts = [f"the folders {_some(checkpoints)} in it are"] if len(checkpoints) > 1 else []
+    parts += [f"the folder {checkpoints[0]} in it is"] if len(checkpoints) == 1 else []
+    parts += [f"to check a file alone, name it: {_some(files)}"] if files else []
+    return "".join(f"; {part}" for part in ["nothing was checked", *parts])
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_strays(found: Verification, names: list[str]) -> None:

@@ -6,11 +6,15 @@ import contextlib
 import functools
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from neuroweave.progress import follow
+from neuroweave.progress import progress as bar_or_lines
 
 json_option: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option: Callable[[Any], Any] = click.option(
@@ -25,7 +29,7 @@ def layers_option(function: Callable[..., Any]) -> Callable[..., Any]:
     first arrive as an argument.
     """
 
-    @click.option("--layers", metavar="N ...", help="Only these layers: 5 11 17, or 4-9. Default: all.")
+    @click.option("--layers", metavar="N ...", help="Only these layers: 5 11 17, or 5,11,17, or 4-9. Default: all.")
     @click.argument("more_layers", nargs=-1, metavar="")
     @functools.wraps(function)
     def with_layers(*, layers: str | None, more_layers: tuple[str, ...], **options: Any) -> Any:
@@ -53,20 +57,60 @@ def layer_numbers(words: Sequence[str]) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def progress(what: str, *, unit: str = "B") -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, to be called with (done, total); None where nobody watches."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
+def progress(what: str, *, unit: str = "B", quiet: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A function to be called with (done, total): a bar on a terminal, elsewhere a line every 30 s. `quiet`: not even
+    a line at the start, for jobs that mostly take seconds."""
+    with bar_or_lines(what, unit=unit, quiet=quiet, leave=False) as bar:
+        yield follow(bar)
 
-    with tqdm(desc=what, unit=unit, unit_scale=True, leave=False) as bar:
 
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
-        yield report
+
+def given(*names: str) -> list[str]:
+    """Those of the running command's parameters that were typed, as they are typed: `--gamma-cap`."""
+    context = click.get_current_context()
+    typed = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [as_typed(name) for name in typed]
+
+
+def as_typed(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"
+
+
+@contextlib.contextmanager
+def errors_as_typed(*parameters: str) -> Iterator[None]:
+    """A ValueError that begins with one of these names begins with the option: `gamma_cap is ...`, `--gamma-cap is`."""
+    try:
+        yield
+    except ValueError as error:
+        word, space, rest = str(error).partition(" ")
+        if word not in parameters:
+            raise
+        raise ValueError(as_typed(word) + space + rest) from error
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C in a fuse carries what `main` then tells: that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("the same command goes on from the shards that are complete") from stop
+
+
+def bank_file(path: Path) -> Path:
+    """The path of a bank that a person names. Raises ValueError for a folder, saying what to do with it."""
+    if not path.is_dir():
+        return path
+    if (path / "config.json").is_file():
+        hint = f"it looks like a model: neuroweave neurons extract --model {path} takes neurons out of it"
+    else:
+        banks = sorted(item.name for item in path.glob("*.safetensors"))
+        hint = f"name a file in it, such as {banks[0]}" if banks else "name a file"
+    raise ValueError(f"{path}: a folder; a bank is one .safetensors file; {hint}")
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, layers_option, note, overwrite_option, print_json, print_table, progress
+from neuroweave.cli.console import (
+    bank_file,
+    counted,
+    json_option,
+    layers_option,
+    note,
+    overwrite_option,
+    print_json,
+    print_table,
+    progress,
+)
 
 if TYPE_CHECKING:
     from neuroweave.surgery.neurons.delta_plan import DeltaLayer, DeltaPlan
@@ -29,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--base-model", required=True, metavar="MODEL", help="The model to fit: a folder or a hub id.")
 @click.option("--output-dir", type=click.Path(path_type=Path), metavar="DIR", help="The folder to write.")
 @click.option(
-    "--bank", "bank_file", type=click.Path(path_type=Path), metavar="FILE",
+    "--bank", "bank_path", type=click.Path(path_type=Path), metavar="FILE",
     help="A neuron bank. Default: the one that comes with the package.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=42, show_default=True, help="What order and directions are drawn from.")
@@ -49,7 +59,7 @@ if TYPE_CHECKING:
 @overwrite_option
 @json_option
 def command(
-    base_model: str, output_dir: Path | None, bank_file: Path | None, gate_scale: float | None, workers: int | None,
+    base_model: str, output_dir: Path | None, bank_path: Path | None, gate_scale: float | None, workers: int | None,
     dry_run: bool, overwrite: bool, as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     from neuroweave.checkpoint.hub import local_folder
@@ -61,8 +71,8 @@ def command(
         raise click.UsageError("give --output-dir, the folder to write, or --dry-run")
     folder = local_folder(base_model)
     if output_dir is not None:
-        check_output(output_dir, overwrite=overwrite, sources=[folder, *([bank_file] if bank_file else [])])
-    bank = default_bank() if bank_file is None else load_bank(bank_file)
+        check_output(output_dir, overwrite=overwrite, sources=[folder, *([bank_path] if bank_path else [])])
+    bank = default_bank() if bank_path is None else load_bank(bank_file(bank_path))
     settings["gate_scale"] = GATE_SCALE if gate_scale is None else gate_scale
     if dry_run:
         plan = plan_deltas(folder, bank, **settings)
@@ -85,7 +95,7 @@ def show(plan: DeltaPlan, written: Path | None, *, as_json: bool) -> None:
         return
     size = f"{plan.nbytes / 1e9:.2f} GB" if plan.nbytes >= 1e9 else f"{plan.nbytes / 1e6:.2f} MB"
     what = "would be written" if written is None else f"written to {written}"
-    click.echo(f"{len(plan.specs)} tensors for {len(plan.layers)} layers, {size}: {what}\n")
+    click.echo(f"{counted(len(plan.specs), 'tensor')} for {counted(len(plan.layers), 'layer')}, {size}: {what}\n")
     print_table(("layers", "attention", "activation", "neurons", "pairs", "dtype", "MB"), layer_rows(plan))
     if plan.realised:
         click.echo()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, print_json, print_table, progress
+from neuroweave.cli.console import counted, json_option, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from neuroweave.checkpoint.difference import Difference, Family
@@ -150,20 +150,17 @@ def _short(value: Any) -> str:
 
 def _summary(found: Difference) -> str:
     if found.identical:
-        return f"identical: {found.same} tensors, config.json and every other file"
-    parts = [
-        f"{len(items)} {what}"
-        for items, what in (
-            (found.changed, "tensors changed"),
-            (found.shapes, "of another shape"),
-            (found.only_a, "only in A"),
-            (found.only_b, "only in B"),
-            (found.config, "keys of config.json"),
-            (found.files, "other files"),
-        )
-        if items
-    ]
-    return f"differ: {', '.join(parts)}; {found.same} tensors identical to the byte"
+        return f"identical: {counted(found.same, 'tensor')}, config.json and every other file"
+    kinds = (
+        (found.changed, f"{counted(len(found.changed), 'tensor')} changed"),
+        (found.shapes, f"{len(found.shapes)} of another shape"),
+        (found.only_a, f"{len(found.only_a)} only in A"),
+        (found.only_b, f"{len(found.only_b)} only in B"),
+        (found.config, f"{counted(len(found.config), 'key')} of config.json"),
+        (found.files, counted(len(found.files), "other file")),
+    )
+    differences = ", ".join(text for items, text in kinds if items)
+    return f"differ: {differences}; {counted(found.same, 'tensor')} identical to the byte"
 
 
 def ranges(numbers: list[int]) -> list[str]:

@@ -79,7 +79,10 @@ def fuse_command(a: str, output: Path) -> str:
 
 def _show(found: ExtractedDelta) -> None:
     size = f"{found.nbytes / 1e9:.2f} GB" if found.nbytes >= 1e9 else f"{found.nbytes / 1e6:.1f} MB"
-    click.echo(f"{found.folder}: {found.tensors} tensors that differ, {size}; {found.same} are equal and left out")
+    tensors = "1 tensor that differs" if found.tensors == 1 else f"{found.tensors} tensors that differ"
+    click.echo(
+        f"{found.folder}: {tensors}, {size}; {found.same} {'is' if found.same == 1 else 'are'} equal and left out"
+    )
     if not found.missed:
         click.echo(f"A + delta is B to the bit, in all {found.elements} elements")
         return

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, layers_option, note, overwrite_option, print_json, print_table, progress
+from neuroweave.cli.console import (
+    as_typed,
+    bank_file,
+    counted,
+    errors_as_typed,
+    given,
+    json_option,
+    layers_option,
+    note,
+    overwrite_option,
+    print_json,
+    print_table,
+    progress,
+    resumable,
+)
+
+if TYPE_CHECKING:
+    from neuroweave.surgery.fusion.plan import FuseOptions
+
+OF_THE_DELTAS = ("weights covered", "relative change of these", "of these that change")
 
 
 @click.command(
@@ -44,7 +63,7 @@ from neuroweave.cli.console import json_option, layers_option, note, overwrite_o
 )  # fmt: skip
 @click.option(
     "--targets", default="gate,down", show_default=True, metavar="NAMES",
-    help="For additive: gate, up, down joined by commas, or all.",
+    help="What changes, joined by commas: gate, down; for additive up as well, or all: every tensor of the deltas.",
 )  # fmt: skip
 @click.option("--gain", type=float, default=0.0, show_default=True, help="For append: factor of the new down columns.")
 @layers_option
@@ -75,21 +94,43 @@ def command(
     if workers is not None and workers < 1:
         raise ValueError(f"--workers is at least 1, got {workers}")
     chosen = tuple(part.strip() for part in targets.split(",") if part.strip())
-    options = FuseOptions(targets=chosen, **numbers)
+    with errors_as_typed("targets", *numbers):
+        options = FuseOptions(targets=chosen, **numbers)
+    refuse_without_effect(options, weights is not None)
     folder = local_folder(model)
     deltas = delta_input(weights, bank, folder, options.seed, neurons, gate_scale)
     if dry_run:
-        show_plan(folder, output, deltas, options, as_json=as_json, overwrite=overwrite)
+        show_plan(folder, output, deltas, options, as_json=as_json, overwrite=overwrite, copy=copy)
         return
     from neuroweave.surgery.fusion.fuse import fuse_checkpoint
 
     assert output is not None
-    with progress("fusing", unit="B") as report:
+    with resumable(), progress("fusing") as report:
         result = fuse_checkpoint(
             folder, output, deltas, options, hashed=not no_hash, workers=workers, copy=copy, overwrite=overwrite,
             progress=report,
         )  # fmt: skip
-    show_result(result, output, options, as_json=as_json)
+    show_result(result, output, options, deltas.may_round_away(options), as_json=as_json)
+
+
+def refuse_without_effect(options: FuseOptions, stored: bool) -> None:
+    """Raise UsageError for options that were typed and would change nothing. `stored`: the deltas are in a folder."""
+    contour, append = options.mode == "contour", options.mode == "append"
+    reasons = {
+        "gain": "" if append else f"it is for --mode append, this is {options.mode}",
+        "gamma_cap": "" if contour and "gate" in options.targets else "it caps gates, in --mode contour",
+        "seed": "a folder of deltas has its own" if stored and options.rounding == "nearest" else "",
+    }
+    if append:
+        reasons |= dict.fromkeys(("alpha", "alpha_mode", "rounding"), "--mode append leaves the weights as they are")
+        reasons["targets"] = "--mode append brings whole neurons: gate, up and down"
+    elif contour and "down" not in options.targets:
+        reasons |= dict.fromkeys(
+            ("alpha", "alpha_mode"), "in --mode contour it is for down, which --targets leaves out"
+        )
+    for option in given(*(name for name, reason in reasons.items() if reason)):
+        reason = next(reason for name, reason in reasons.items() if as_typed(name) == option)
+        raise click.UsageError(f"{option} would have no effect: {reason}; leave it out")
 
 
 def delta_input(
@@ -108,26 +149,30 @@ def delta_input(
     from neuroweave.surgery.neurons.bank import default_bank_path
 
     assert bank is not None
-    bank = default_bank_path() if str(bank) == "default" else bank
+    bank = default_bank_path() if str(bank) == "default" else bank_file(bank)
     scale = {} if gate_scale is None else {"gate_scale": gate_scale}
     return generated_deltas(model, bank, seed=seed, neurons=neurons, **scale)
 
 
-def show_plan(folder: Path, output: Path | None, deltas: Any, options: Any, *, as_json: bool, overwrite: bool) -> None:
+def show_plan(
+    folder: Path, output: Path | None, deltas: Any, options: Any, *, as_json: bool, overwrite: bool, copy: bool
+) -> None:
     from neuroweave.surgery.fusion.dry_run import dry_run
 
-    found = dry_run(folder, output, deltas, options, overwrite=overwrite)
+    found = dry_run(folder, output, deltas, options, overwrite=overwrite, copy=copy)
     if as_json:
         print_json(found)
     else:
+        changed = sum(row["changed"] > 0 for row in found["tensors"])
         click.echo(
-            f"{folder}: {found['model']['tensors']} tensors in {len(found['model']['shards'])} shards, index sound; "
-            f"{len(found['tensors'])} would change ({found['bytes_rewritten'] / 1e9:.2f} GB to write)"
+            f"{folder}: {counted(found['model']['tensors'], 'tensor')} in "
+            f"{counted(len(found['model']['shards']), 'shard')}, index sound; "
+            f"{changed} would change ({found['bytes_rewritten'] / 1e9:.2f} GB to write)"
         )
         if found["tensors"]:
             click.echo()
             print_table(
-                ("layer", "projection", "covered", "relative change", "weights that change", "tensor"),
+                ("layer", "projection", *OF_THE_DELTAS, "tensor"),
                 (
                     (
                         "" if row["layer"] is None else row["layer"], row["projection"], f"{row['coverage']:.1%}",
@@ -146,7 +191,7 @@ def show_plan(folder: Path, output: Path | None, deltas: Any, options: Any, *, a
         raise click.exceptions.Exit(1)
 
 
-def show_result(result: Any, output: Path, options: Any, *, as_json: bool) -> None:
+def show_result(result: Any, output: Path, options: Any, may_round_away: bool, *, as_json: bool) -> None:
     from neuroweave.surgery.fusion.estimate import rounding_warnings
 
     rows = [
@@ -155,7 +200,7 @@ def show_result(result: Any, output: Path, options: Any, *, as_json: bool) -> No
         if any(each.projection == projection for each in result.tensors)
     ]
     appended = options.mode == "append"
-    warnings = [*result.plan.notes, *([] if appended else rounding_warnings(result.tensors, result.plan.dtypes))]
+    warnings = [*result.plan.notes, *(rounding_warnings(result.tensors, result.plan.dtypes) if may_round_away else [])]
     if as_json:
         shards = {"rewritten": result.rewritten, "linked": result.linked, "copied": result.copied}
         shards["resumed"] = result.resumed
@@ -167,22 +212,42 @@ def show_result(result: Any, output: Path, options: Any, *, as_json: bool) -> No
         sizes = ", ".join(f"{before} to {after}" for before, after in grown)
         click.echo(f"{output}: neurons appended to {len(gates)} layers: {sizes}, gain {options.gain:g}")
     else:
-        click.echo(f"{output}: {options.mode}, {len(result.tensors)} tensors changed")
+        changed = sum(each.changed > 0 for each in result.tensors)
+        of_all = "" if changed == len(result.tensors) else f" of {len(result.tensors)} that deltas cover"
+        click.echo(f"{output}: {options.mode}, {counted(changed, 'tensor')} changed{of_all}")
         print_table(
-            ("projection", "tensors", "relative change", "weights that changed"),
-            ((row["projection"], row["tensors"], row["change"], row["share"]) for row in rows),
+            ("projection", "tensors", *OF_THE_DELTAS),
+            ((row["projection"], row["tensors"], row["covered"], row["change"], row["share"]) for row in rows),
         )
+        if any(each.coverage < 1 for each in result.tensors):
+            click.echo(partial(result.tensors))
     parts = [(result.rewritten, "rewritten"), (result.linked, "hard-linked"), (result.copied, "copied")]
+    parts += [(result.resumed, "taken over from an interrupted run")]
     click.echo("shards: " + ", ".join(f"{number} {how}" for number, how in parts if number))
-    if result.resumed:
-        note(f"{result.resumed} shards were complete from an interrupted run and were taken over")
     for text in warnings:
         note(text)
 
 
 def summed(reports: list[Any]) -> dict[str, Any]:
-    changes = [each.relative_change for each in reports]
+    """A row of the table, for the tensors of one projection."""
     share = sum(each.changed for each in reports) / max(1, sum(each.count for each in reports))
-    low, high = f"{min(changes):.3g}", f"{max(changes):.3g}"
-    change = low if low == high else f"{low} to {high}"
-    return {"tensors": len(reports), "change": change, "share": f"{share:.1%}"}
+    return {
+        "tensors": len(reports),
+        "covered": span([f"{each.coverage:.1%}" for each in sorted(reports, key=lambda each: each.coverage)]),
+        "change": span([f"{each:.3g}" for each in sorted(each.relative_change for each in reports)]),
+        "share": f"{share:.1%}",
+    }
+
+
+def span(texts: list[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def partial(reports: list[Any]) -> str:
+    """What partial deltas mean for whole tensors."""
+    weights = sum(each.count / each.coverage for each in reports)
+    covered, changed = sum(each.count for each in reports) / weights, sum(each.changed for each in reports) / weights
+    return (
+        f"the deltas cover {covered:.1%} of the weights of these tensors, the rest is as it was: "
+        f"{changed:.1%} of all their weights changed"
+    )

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, note, print_json, print_table
+from neuroweave.cli.console import bank_file, counted, given, json_option, note, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from neuroweave.surgery.neurons.bank import Bank
 
 FILE = click.Path(path_type=Path)
@@ -82,8 +80,6 @@ def extract(
     from neuroweave.surgery.neurons.bank import check_bank_output
 
     check_bank_output(output, overwrite=overwrite, sources=[*data, Path(model)])
-    from tqdm import tqdm
-
     from neuroweave.checkpoint.hub import local_folder
     from neuroweave.checkpoint.loading import load_model, load_tokenizer
     from neuroweave.surgery.neurons.extraction import TOKENS, WINDOW, extract_neurons, model_record
@@ -96,7 +92,7 @@ def extract(
     loaded, how = load_model(folder, dtype="float32", device="cpu")
     if not as_json:
         note(how)
-    with tqdm(disable=None, unit="window", desc="extract", leave=False) as bar:
+    with progress(f"reading {Path(model).name} twice", unit="window", quiet=False) as report:
         bank = extract_neurons(
             loaded,
             tokenizer,
@@ -108,7 +104,7 @@ def extract(
             select=select,
             seed=seed,
             source=model_record(folder, name=Path(model).name),
-            progress=_follow(bar),
+            progress=report,
         )
     finish(bank, output, overwrite, as_json, sources=[*data, folder], seconds=time.perf_counter() - start)
 
@@ -161,7 +157,7 @@ def derive(
     from neuroweave.surgery.neurons.derive import GAINS, PER_SOURCE, derive_bank
 
     count = PER_SOURCE if per_source is None else per_source
-    derived = derive_bank(load_bank(bank), seed=seed, per_source=count, gains=gains or GAINS)
+    derived = derive_bank(load_bank(bank_file(bank)), seed=seed, per_source=count, gains=gains or GAINS)
     finish(derived, output, overwrite, as_json, sources=[bank])
 
 
@@ -184,9 +180,13 @@ def show(bank: Path | None, name: str | None, figure: Path | None, limit: int, o
     from neuroweave.cli import neurons_text
     from neuroweave.surgery.neurons.bank import default_bank, load_bank
 
+    if figure is None and overwrite:
+        raise click.UsageError("--overwrite belongs to --figure: nothing else is written")
+    if name and given("limit"):
+        raise click.UsageError("--limit is for the table of all neurons; --neuron shows one")
     if limit < 0:
         raise ValueError(f"--limit {limit}: expected 0 (all) or more")
-    opened = default_bank() if bank is None else load_bank(bank)
+    opened = default_bank() if bank is None else load_bank(bank_file(bank))
     title = "the bank of the package" if bank is None else bank.name
     shown = [neurons_text.find_neuron(opened, name)] if name else opened.neurons[: limit or None]
     if figure is not None:
@@ -232,12 +232,6 @@ def finish(
         print_json(summary | {"bytes": size, "sha256": saved.sha256, "seconds": seconds and round(seconds, 2)})
         return
     took = f", {seconds:.0f} s" if seconds is not None else ""
-    click.echo(f"{output}: {len(saved)} neurons of hidden size {saved.hidden_size}, {size / 1e6:.2f} MB{took}")
-
-
-def _follow(bar: tqdm) -> Callable[[int, int], None]:
-    def follow(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return follow
+    click.echo(
+        f"{output}: {counted(len(saved), 'neuron')} of hidden size {saved.hidden_size}, {size / 1e6:.2f} MB{took}"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from neuroweave.cli.console import counted
 from neuroweave.surgery.neurons.bank import Bank, Neuron
 from neuroweave.surgery.neurons.curves import curve_of, defined_curve, fires_on, sparkline, text_plot, visible
 
@@ -52,8 +53,8 @@ def norms(bank: Bank, neuron: Neuron) -> dict[str, float]:
 def about_bank(bank: Bank, title: str) -> list[str]:
     """Size, and what the provenance says, part by part."""
     kinds = {kind: sum(neuron.kind == kind for neuron in bank.neurons) for kind in ("source", "derivative")}
-    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
-    head = f"{title}: {len(bank)} neurons ({counted or 'none'}), hidden size {bank.hidden_size}"
+    parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    head = f"{title}: {counted(len(bank), 'neuron')} ({parts or 'none'}), hidden size {bank.hidden_size}"
     return [head, f"sha256 {bank.sha256}", *provenance_lines(bank.provenance)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuroweave.cli.console import note, overwrite_option, print_json, progress
+from neuroweave.cli.console import bank_file, counted, note, overwrite_option, print_json, progress, resumable
 
 
 @click.group(
@@ -44,11 +44,13 @@ def replay(
     from neuroweave.surgery.fusion.recipe import replay as replay_recipe
 
     recipe = load_recipe(file)
-    with progress("fusing") as report:
+    with resumable(), progress("fusing") as report:
         result = replay_recipe(
-            recipe, local_folder(model), output, file=file, bank=bank, weights=weights, workers=workers,
-            overwrite=overwrite, progress=report,
+            recipe, local_folder(model), output, file=file, bank=None if bank is None else bank_file(bank),
+            weights=weights, workers=workers, overwrite=overwrite, progress=report,
         )  # fmt: skip
-    click.echo(f"{output}: {len(result.manifest['outputs'])} files, each with the SHA-256 that the recipe records")
+    click.echo(
+        f"{output}: {counted(len(result.manifest['outputs']), 'file')}, each with the SHA-256 that the recipe records"
+    )
     for text in result.plan.notes:
         note(text)

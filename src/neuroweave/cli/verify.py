@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, note, print_json, print_table, progress
+from neuroweave.cli.console import counted, json_option, note, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from neuroweave.checkpoint.verification import Finding, Verification
@@ -81,12 +81,11 @@ def _row(finding: Finding) -> tuple[str, str, str, str]:
 
 
 def _summary(found: Verification, problems: int) -> str:
-    verdict = f"not sound: {problems} problem{'s' if problems != 1 else ''};" if problems else "sound:"
-    files = len(found.files)
+    verdict = f"not sound: {counted(problems, 'problem')};" if problems else "sound:"
     size = f"{found.nbytes / 1e9:.2f} GB" if found.nbytes >= 1e9 else f"{found.nbytes / 1e6:.1f} MB"
-    parts = [f"{found.tensors} tensors in {files} file{'s' if files != 1 else ''}, {size}"]
+    parts = [f"{counted(found.tensors, 'tensor')} in {counted(len(found.files), 'file')}, {size}"]
     if found.values and not problems:
         parts.append("every value finite")
     if found.matched:
-        parts.append(f"SHA-256 of {found.matched} file{'s' if found.matched != 1 else ''} as in {found.source}")
+        parts.append(f"SHA-256 of {counted(found.matched, 'file')} as in {found.source}")
     return f"{verdict} {'; '.join(parts)}"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from neuroweave.diagnose.assembly import Findings, describe_limits, describe_model, describe_other, describe_text
 from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
@@ -31,6 +30,7 @@ from neuroweave.diagnose.results.comparison import Comparison, Failure, Speed
 from neuroweave.diagnose.results.plan import Plan
 from neuroweave.diagnose.results.weights import Weights
 from neuroweave.diagnose.subject import Profile, Subject, at_rest, check_comparable, check_vocabulary
+from neuroweave.progress import follow, progress
 from neuroweave.text.tokens import NamedText
 
 KEEP_SECONDS = 15.0  # between two notes of how far the pass over the text is
@@ -55,20 +55,21 @@ def compare(
     subjects = [base, *others]
     if len(subjects) == 1:
         raise ValueError("there is nothing to compare with the base; name at least one other model")
-    plan = plan or Plan()
-    experiment = Experiment(base, documents, plan, ledger or Ledger())
+    plan, ledger = plan or Plan(), ledger or Ledger()
+    experiment = Experiment(base, documents, plan, ledger)
     for other in subjects[1:]:
         experiment.admit(other)
-    with ExitStack() as stack:
+    with told_to_go_on(ledger):
+        with ExitStack() as stack:
+            for subject in subjects:
+                stack.enter_context(at_rest(subject.model))
+            experiment.predict_all(subjects)
+            experiment.write_and_time(subjects)
         for subject in subjects:
-            stack.enter_context(at_rest(subject.model))
-        experiment.predict_all(subjects)
-        experiment.write_and_time(subjects)
-    for subject in subjects:
-        experiment.measure_alone(subject)
-    for other in subjects[1:]:
-        experiment.weigh(base, other)
-    return experiment.result(in_turns=True)
+            experiment.measure_alone(subject)
+        for other in subjects[1:]:
+            experiment.weigh(base, other)
+        return experiment.result(in_turns=True)
 
 
 def compare_one_by_one(
@@ -86,6 +87,13 @@ def compare_one_by_one(
     if len(loaders) < 2:
         raise ValueError("there is nothing to compare with the base; name at least one other model")
     plan = plan or Plan()
+    with told_to_go_on(ledger):
+        return _one_by_one(loaders, documents, plan, ledger)
+
+
+def _one_by_one(
+    loaders: Sequence[Callable[[], Subject]], documents: Iterable[NamedText], plan: Plan, ledger: Ledger
+) -> Comparison:
     experiment: Experiment | None = None
     reference: StoredReader | None = None
     for number, load in enumerate(loaders):
@@ -157,7 +165,7 @@ class Experiment:
     def store(self, base: Subject) -> StoredReader:
         """Run the base over the text and keep what it gives on the disk."""
         folder = self.ledger.scratch("base")
-        with progress(len(self.sample.windows), f"reading {base.name}", "window") as bar:
+        with progress(f"reading {base.name}", total=len(self.sample.windows), unit="window") as bar:
             return store(self.reader(base), self.sample, folder, after_window=bar.update)
 
     def predict_one(self, reference: Reader, subject: Subject, number: int) -> None:
@@ -171,7 +179,7 @@ class Experiment:
         done = restore_pass(self.ledger.arrays(name), tallies, signals)
         left = list(enumerate(self.sample.windows))[done:]
         kept = time.monotonic()
-        with progress(len(self.sample.windows), "measuring", "window", done) as bar:
+        with progress("measuring", total=len(self.sample.windows), unit="window", done=done) as bar:
             for number in measure_windows(base, others, left, tallies):
                 bar.update()
                 if time.monotonic() - kept > KEEP_SECONDS or number == len(self.sample.windows) - 1:
@@ -190,7 +198,7 @@ class Experiment:
         """Continuations and speed; to be called with the models at rest."""
         able = [subject for subject in subjects if not self.is_broken(subject.name)]
         modes = 2 if self.plan.sampling else 1
-        with progress(len(able) * len(self.plan.prompts) * modes, "writing", "text") as bar:
+        with progress("writing", total=len(able) * len(self.plan.prompts) * modes, unit="text") as bar:
             for subject in able:
                 self.found[subject.name].written = self._written(subject, bar.update)
         if self.plan.speed is None:
@@ -199,7 +207,7 @@ class Experiment:
         speeds = self.ledger.record(name)
         if speeds is None:
             plan, prompt = self.plan.speed, max(self.sample.windows, key=lambda window: window.predictions).token_ids
-            with progress(len(able) * (plan.warmups + plan.repeats), "timing", "run") as bar:
+            with progress("timing", total=len(able) * (plan.warmups + plan.repeats), unit="run") as bar:
                 measured = self.attempt(
                     able[0].name, "speed", lambda: measure_speed(able, prompt, plan, after_run=bar.update)
                 )
@@ -237,9 +245,10 @@ class Experiment:
         if kept is not None:
             return GradientTally.from_arrays(kept)
         plan = self.plan.gradient
+        windows = min(plan.windows, len(self.sample.windows))
         with at_rest(subject.model):
             head = LiveReader(subject, self.sample).head
-        with progress(min(plan.windows, len(self.sample.windows)), f"gradients of {subject.name}", "window") as bar:
+        with progress(f"gradients of {subject.name}", total=windows, unit="window") as bar:
             tally = measure_gradients(subject, self.sample.windows, plan, head=head, after_window=bar.update)
         self.ledger.keep_arrays(name, tally.arrays())
         return tally
@@ -250,7 +259,8 @@ class Experiment:
         kept = self.ledger.record(name)
         if kept is not None:
             return [TaskRun.model_validate(run) for run in kept]
-        runs = run_tasks(subject, self.plan.tasks, seed=self.plan.seed)
+        with progress(f"benchmarks of {subject.name}", unit="answer") as bar:
+            runs = run_tasks(subject, self.plan.tasks, seed=self.plan.seed, progress=follow(bar))
         self.ledger.keep_record(name, [run.model_dump() for run in runs])
         return runs
 
@@ -262,7 +272,7 @@ class Experiment:
         if kept is not None:
             self.found[other.name].weights = Weights.model_validate(kept)
             return
-        with progress(None, f"weights of {other.name}", "tensor") as bar:
+        with progress(f"weights of {other.name}", unit="tensor") as bar:
             weights = self.attempt(other.name, "weights", lambda: compare_weights(base, other, after_tensor=bar.update))
         if weights is not None:
             self.ledger.keep_record(name, weights.model_dump())
@@ -309,8 +319,15 @@ def without_model(profile: Profile) -> Subject:
     return Subject(profile.name, nn.Module(), profile.tokenizer, profile.source)
 
 
-def progress(total: int | None, what: str, unit: str, done: int = 0) -> Any:
-    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None)
+@contextmanager
+def told_to_go_on(ledger: Ledger) -> Iterator[None]:
+    """Ctrl-C within carries a word about what is kept, for whoever reports it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not ledger.holds_any:
+            raise
+        raise KeyboardInterrupt("what was measured is kept, the same command goes on with it") from stop
 
 
 def pass_arrays(done: int, tallies: Tallies, signals: Sequence[SignalTally | None]) -> dict[str, np.ndarray]:

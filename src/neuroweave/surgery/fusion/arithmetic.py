@@ -267,7 +267,8 @@ def _not_finite(edit: Edit, w: np.ndarray, d: np.ndarray) -> str:
         return f"{edit.name}: the model's own weights hold NaN or infinite values"
     largest = float(np.abs(w).max())
     return (
-        f"{edit.name}: the result does not fit {edit.dtype} (weights up to {largest:.3g}); use a smaller alpha or gamma"
+        f"{edit.name}: the result does not fit {edit.dtype} (weights up to {largest:.3g}); use a smaller --alpha or "
+        "--gamma-cap"
     )
 
 

@@ -25,7 +25,7 @@ from neuroweave.surgery.fusion.plan import FuseOptions
 
 def dry_run(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, deltas: DeltaInput, options: FuseOptions, *,
-    overwrite: bool = False,
+    overwrite: bool = False, copy: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A JSON-ready report. `problems` is empty when the fuse would succeed; values are looked at in a sample only.
 
@@ -51,11 +51,11 @@ def dry_run(
         if out is not None:
             try:
                 check_output(out, overwrite=overwrite, sources=delta_sources(folder, deltas))
-                check_free_space(out, size + bytes_copied(checkpoint, plan, out, copy=False))
+                check_free_space(out, size + bytes_copied(checkpoint, plan, out, copy=copy))
             except ValueError as error:
                 problems.append(str(error))
         stated = (checkpoint.index or {}).get("metadata", {}).get("total_size")
-        notes = [*plan.notes, *([] if options.mode == "append" else rounding_warnings(reports, plan.dtypes))]
+        notes = [*plan.notes, *(rounding_warnings(reports, plan.dtypes) if deltas.may_round_away(options) else [])]
         if isinstance(stated, int) and stated != checkpoint.nbytes:
             notes.append(f"the index says total_size {stated}, the shards hold {checkpoint.nbytes} bytes of tensors")
         return {

@@ -77,9 +77,13 @@ def rounding_warnings(reports: list[TensorReport], dtypes: dict[str, str]) -> li
     lowest = f"{min(report.share_changed for report in weak):.1%}"
     highest = f"{max(report.share_changed for report in weak):.1%}"
     share = lowest if lowest == highest else f"{lowest} to {highest}"
+    tensors = "1 bfloat16 tensor changes" if len(weak) == 1 else f"{len(weak)} bfloat16 tensors change"
+    partial = (
+        "of the weights that the deltas cover" if any(report.coverage < 1 for report in weak) else "of the weights"
+    )
     return [
-        f"{len(weak)} bfloat16 tensors change by less than {FLOOR:.1%} of their size: only {share} of their weights "
-        "differ after rounding; use a larger --alpha, or --rounding stochastic"
+        f"{tensors} by less than {FLOOR:.1%} of the size: only {share} {partial} differ after rounding; "
+        "use a larger --alpha, or --rounding stochastic"
     ]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from neuroweave import __version__
 from neuroweave.checkpoint.copying import copy_file, link_or_copy
 from neuroweave.checkpoint.journal import JOURNAL_FILE, Journal
+from neuroweave.checkpoint.layers import find_embedding
 from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest, stamp, write_manifest
 from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint, list_files
 from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_pieces
@@ -55,7 +56,8 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class FusionResult:
-    """What `fuse_checkpoint` wrote. `resumed`: shards taken over from an interrupted run."""
+    """What `fuse_checkpoint` wrote. Each shard is counted once: `rewritten`, `linked` or `copied` by this run, or
+    `resumed`, taken over from an interrupted one."""
 
     folder: Path
     tensors: list[TensorReport]
@@ -70,13 +72,20 @@ class FusionResult:
 @dataclass(frozen=True)
 class DeltaInput:
     """Deltas and what the manifest says of them. `files`: to be hashed; `stamp`: changes when the deltas do; `reads`:
-    further files that the job depends on, which no output may replace."""
+    further files that the job depends on, which no output may replace; `difference`: of two stored checkpoints, so that
+    added as it is nothing of it rounds away."""
 
     source: DeltaSource
     description: dict[str, Any]
     files: dict[str, Path]
     stamp: Any
     reads: tuple[Path, ...] = ()
+    difference: bool = False
+
+    def may_round_away(self, options: FuseOptions) -> bool:
+        """Whether a fuse of these deltas may lose them to the rounding of the stored type."""
+        as_it_is = (options.mode, options.alpha_mode, options.alpha) == ("additive", "plain", 1)
+        return options.mode != "append" and not (self.difference and as_it_is)
 
 
 def stored_deltas(folder: str | os.PathLike[str]) -> DeltaInput:
@@ -88,7 +97,9 @@ def stored_deltas(folder: str | os.PathLike[str]) -> DeltaInput:
         description["generation"] = {"parameters": made_by["parameters"], "bank": made_by["inputs"].get("bank", {})}
     names = [*source.checkpoint.shards, *([MANIFEST_FILE] if made_by is not None else [])]
     files = {name: Path(folder) / name for name in names}
-    return DeltaInput(source, description, files, [stamp(path) for path in files.values()])
+    difference = made_by is not None and made_by.get("operation") == "extract-delta"
+    stamps = [stamp(path) for path in files.values()]
+    return DeltaInput(source, description, files, stamps, difference=difference)
 
 
 def fuse_checkpoint(
@@ -115,7 +126,6 @@ def fuse_checkpoint(
         if plan.problems:
             more = f" (and {len(plan.problems) - 1} more problems: --dry-run lists them)" if plan.problems[1:] else ""
             raise ValueError(plan.problems[0] + more)
-        targets = plan.by_file()
         rewritten = bytes_rewritten(checkpoint, plan, options)
         check_free_space(out, rewritten + bytes_copied(checkpoint, plan, out, copy=copy))
         job = _Job(checkpoint, deltas, options, plan, hashed, copy, dict(scales or {}))
@@ -130,11 +140,13 @@ def fuse_checkpoint(
                 check(manifest)
             journal.remove()
     reports = [TensorReport(**report) for reports in job.reports.values() for report in reports]
-    return FusionResult(Path(out), reports, plan, len(targets), job.linked, job.copied, job.resumed, manifest)
+    return FusionResult(Path(out), reports, plan, job.rewritten, job.linked, job.copied, job.resumed, manifest)
 
 
 def complete_plan(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOptions) -> FusionPlan:
-    """The plan, with what an append needs checked too."""
+    """The plan, with what an append needs checked too. Raises ValueError for a model in the place of deltas."""
+    if isinstance(deltas, StoredDeltas) and "all" not in options.targets:
+        check_no_model(deltas.checkpoint)
     plan = plan_fusion(checkpoint, deltas, options)
     if options.mode == "append" and plan.targets:
         check_append(checkpoint, plan)
@@ -142,6 +154,15 @@ def complete_plan(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOpti
     if others:
         plan.notes.append(f"{', '.join(others)}: comes along as it is and still holds the original weights")
     return plan
+
+
+def check_no_model(deltas: Checkpoint) -> None:
+    """Raise ValueError for a folder of deltas that is a model: a configuration and an embedding."""
+    if "config.json" in deltas.all_files and find_embedding(deltas.values()) is not None:
+        raise ValueError(
+            f"{deltas.folder}: a model, not deltas; `neuroweave deltas --base-model` makes deltas for a model, "
+            "`neuroweave extract-delta A B` those that turn one model into another"
+        )
 
 
 def delta_sources(model: Path, deltas: DeltaInput) -> list[Path]:
@@ -224,7 +245,7 @@ class _Job:
         self.inputs: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, dict[str, Any]] = {}
         self.delta_files: dict[str, dict[str, Any]] = {}
-        self.linked = self.copied = self.resumed = 0
+        self.rewritten = self.linked = self.copied = self.resumed = 0
 
     @property
     def folder(self) -> Path:
@@ -257,6 +278,7 @@ class _Job:
                 rewrite, report = self._append(name) if self.options.mode == "append" else self._rewrite(name)
                 digest_out = rewriter.write(rewrite, stage / name, mode=mode_of(source))
                 self.reports[name] = [asdict(each) for each in report()]
+                self.rewritten += 1
             elif link_or_copy(source, stage / name, copy=self.copy):
                 self.linked += 1
             else:

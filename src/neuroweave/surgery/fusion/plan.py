@@ -42,7 +42,8 @@ class FuseOptions:
 
     `mode`: `contour` (Shape-Contoured Fusion), `additive` or `append`. `alpha_mode`: the scale of an update is
     `seed`: alpha * std(W) / std(D); `relative`: alpha / std(D), so that the relative change of a contoured tensor has
-    standard deviation alpha; `plain`: alpha. `targets`: projections, or `all` for every tensor that the deltas name.
+    standard deviation alpha; `plain`: alpha. `targets`: projections, all of which the deltas must then hold in a
+    layer; or `all`, for whatever tensors the deltas hold.
     `gain`: for `append`, what the new down columns are multiplied by; 0 keeps the model's function.
     """
 
@@ -74,7 +75,7 @@ class FuseOptions:
         known = (*PROJECTIONS, "all")
         for name in self.targets:
             if name not in known:
-                raise ValueError(f"target {name!r} is not known; known: {', '.join(known)}")
+                raise ValueError(f"targets {name!r} is not known; known: {', '.join(known)}")
         if self.mode == "contour" and set(self.targets) - {"gate", "down"}:
             raise ValueError(f"targets {', '.join(self.targets)}: contour changes gate and down only; use additive")
         if self.mode == "append" and set(self.targets) - set(PROJECTIONS):
@@ -263,11 +264,14 @@ def _check_keys(plan: FusionPlan, roles: Mapping[str, tuple[int, str]], chosen: 
         more = f" (and {len(plan.unexpected) - 1} more)" if len(plan.unexpected) > 1 else ""
         plan.problems.append(f"the model has no tensor for the delta {plan.unexpected[0]!r}{more}")
     wanted = set(options.wanted)
+    whole = "all" not in options.targets  # `all` means what the deltas hold of a layer, be it one projection
     touched = {target.layer for target in plan.targets if target.layer is not None}
     for name, (layer, role) in roles.items():
         if layer not in chosen or role not in wanted or name in covered:
             continue
-        if layer in touched or (options.layers is not None):
+        if layer in touched:
+            plan.missing.extend([name] if whole else [])
+        elif options.layers is not None:
             plan.missing.append(name)
         elif layer not in plan.uncovered:
             plan.uncovered.append(layer)
@@ -276,6 +280,8 @@ def _check_keys(plan: FusionPlan, roles: Mapping[str, tuple[int, str]], chosen: 
         plan.problems.append(f"no delta for {plan.missing[0]}{more}; name fewer --targets or --layers, or add it")
     if not plan.targets and not plan.problems:
         plan.problems.append("no delta means a tensor of the chosen layers and targets: nothing would change")
+    if options.rounding == "stochastic" and plan.targets and set(plan.dtypes.values()) == {"F32"}:
+        plan.notes.append("--rounding stochastic changes nothing here: every tensor to be changed is float32")
     if plan.uncovered:
         plan.notes.append(f"no delta for {_layers(plan.uncovered)}: left as it is")
     if plan.left_out:

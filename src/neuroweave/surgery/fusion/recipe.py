@@ -7,20 +7,31 @@ SHA-256 of what went in and what came out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neuroweave.checkpoint.header import parse_json
-from neuroweave.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from neuroweave.surgery.fusion.fuse import DeltaInput, FusionResult, fuse_checkpoint, stored_deltas
+from neuroweave.checkpoint.manifest import MANIFEST_FILE, read_manifest, sha256_of
+from neuroweave.checkpoint.reader import list_files
+from neuroweave.checkpoint.staging import check_output
+from neuroweave.surgery.fusion.fuse import (
+    DeltaInput,
+    FusionResult,
+    check_files,
+    default_workers,
+    fuse_checkpoint,
+    stored_deltas,
+)
 from neuroweave.surgery.fusion.generated import generated_deltas
 from neuroweave.surgery.fusion.plan import FuseOptions
 from neuroweave.surgery.neurons.bank import default_bank_path
 from neuroweave.surgery.neurons.delta_plan import check_parameters
 
 FORMAT_VERSION = 1
+_OTHER_MODEL = "this is not the model of the recipe"
 
 
 def fusion_recipe(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -78,29 +89,58 @@ def replay(
 
     `bank`: the neuron bank, unless it is the one that comes with the package. `weights`: the deltas' folder, where no
     bank is recorded. `file`: where the recipe was read from, which the output may not replace.
-    Raises ValueError for other inputs than the recorded ones, and for other outputs.
+    Raises ValueError for other inputs than the recorded ones, before anything is written, and for other outputs.
     """
     options = _options(recipe["parameters"])
+    check_output(out, overwrite=overwrite, sources=[model])
+    check_model(recipe["model"], Path(model))
     source = _deltas(recipe["deltas"], Path(model), bank, weights)
     if file is not None:
         source = replace(source, reads=(*source.reads, Path(file)))
 
     def check(manifest: Mapping[str, Any]) -> None:
-        for what, wanted, found in (
-            ("the model's", recipe["model"], _hashes(model, manifest["inputs"]["model"]["files"])),
-            ("the output's", recipe["outputs"], _hashes(out, manifest["outputs"])),
-        ):
-            for name in sorted(wanted.keys() | found.keys()):
-                if wanted.get(name) != found.get(name):
-                    raise ValueError(
-                        f"{name}: {what} SHA-256 is {found.get(name, 'missing')}, the recipe says "
-                        f"{wanted.get(name, 'no such file')}; nothing was written"
-                    )
+        check_hashes(_OTHER_MODEL, model, recipe["model"], _hashes(model, manifest["inputs"]["model"]["files"]))
+        check_hashes("this is not the recipe's output", out, recipe["outputs"], _hashes(out, manifest["outputs"]))
 
     return fuse_checkpoint(
         model, out, source, options, scales=recipe["scales"], workers=workers, overwrite=overwrite, check=check,
         progress=progress,
     )  # fmt: skip
+
+
+def check_model(wanted: Mapping[str, str], model: Path) -> None:
+    """Raise ValueError unless the folder's files are those of the recipe: their names first, then every SHA-256."""
+    if not model.is_dir():
+        return  # refused, with a reason, where it is opened
+    check_files(model)
+    names = [name for name in list_files(model) if name != MANIFEST_FILE]
+    check_hashes(_OTHER_MODEL, model, dict.fromkeys(wanted, ""), dict.fromkeys(names, ""))
+    check_hashes(_OTHER_MODEL, model, wanted, sha256_of_all(model, names))
+
+
+def check_hashes(what: str, folder: str | Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise ValueError that says `what` is wrong and names the files whose SHA-256 are not those of the recipe."""
+    parts = [
+        (sorted(wanted.keys() - found.keys()), "is missing", "are missing"),
+        (sorted(found.keys() - wanted.keys()), "is not in the recipe", "are not in the recipe"),
+        (
+            sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name]),
+            "has another SHA-256",
+            "have another SHA-256",
+        ),
+    ]
+    differences = [f"{', '.join(names)} {one if len(names) == 1 else more}" for names, one, more in parts if names]
+    if differences:
+        raise ValueError(f"{folder}: {what}: {'; '.join(differences)}; nothing was written")
+
+
+def sha256_of_all(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of files, several at a time."""
+    pool = ThreadPoolExecutor(default_workers())
+    try:
+        return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _options(parameters: dict[str, Any]) -> FuseOptions:
@@ -115,12 +155,15 @@ def _options(parameters: dict[str, Any]) -> FuseOptions:
 
 def _deltas(recorded: dict[str, Any], model: Path, bank: str | Path | None, weights: str | Path | None) -> DeltaInput:
     generation = recorded.get("generation")
-    if generation is None:
-        if weights is None:
-            raise ValueError("the recipe records a folder of deltas that no bank generated: give it with --weights")
-        return stored_deltas(weights)
+    if bank is not None and (weights is not None or generation is None):
+        reason = "--weights is given" if weights is not None else "the recipe records deltas that no bank generated"
+        raise ValueError(f"--bank would not be read: {reason}")
     if weights is not None:
-        return stored_deltas(weights)
+        source = stored_deltas(weights)
+        check_deltas(recorded.get("files", {}), Path(weights))
+        return source
+    if generation is None:
+        raise ValueError("the recipe records a folder of deltas that no bank generated: give it with --weights")
     path = Path(bank) if bank is not None else default_bank_path()
     source = generated_deltas(model, path, **check_parameters(generation["parameters"]))
     found = source.description["generation"]["bank"]["sha256"]
@@ -129,6 +172,19 @@ def _deltas(recorded: dict[str, Any], model: Path, bank: str | Path | None, weig
         hint = "" if bank is not None else ": give the recorded one with --bank"
         raise ValueError(f"{path}: the bank's SHA-256 is {found}, the recipe says {wanted}{hint}")
     return source
+
+
+def check_deltas(recorded: Any, folder: Path) -> None:
+    """Raise ValueError unless the tensor files that the recipe records are in the folder."""
+    if not isinstance(recorded, Mapping) or not all(isinstance(entry, Mapping) for entry in recorded.values()):
+        raise ValueError("the recipe's files of deltas are damaged: expected names with a SHA-256 each")
+    wanted = {
+        name: str(entry["sha256"])
+        for name, entry in recorded.items()
+        if name.endswith(".safetensors") and "sha256" in entry
+    }
+    found = sha256_of_all(folder, [name for name in wanted if (folder / name).is_file()])
+    check_hashes("these are not the deltas of the recipe", folder, wanted, found)
 
 
 def _hashes(folder: str | os.PathLike[str], files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
