@@ -45,8 +45,8 @@ def assign(error_MK: Float[Tensor, "M K"], sizes: Sequence[int]) -> Int[Tensor, 
     """A member for each neuron, `sizes[k]` neurons each, with a small sum of errors: exact for two members.
 
     The last member takes the neurons that lose least by it against the best of the others; then the one before. Of
-    equal neurons those stay that are in its segment. Returns an order of the neurons: the first `sizes[0]` run member 0, and
-    so on, in ascending order inside a member.
+    equal neurons those stay that are in its segment. Returns an order of the neurons: the first `sizes[0]` run member
+    0, and so on, in ascending order inside a member.
     """
     left = torch.arange(error_MK.shape[0])
     present = torch.cat([torch.full((size,), k) for k, size in enumerate(sizes)])
