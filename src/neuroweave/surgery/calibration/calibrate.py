@@ -27,7 +27,7 @@ from neuroweave.surgery.calibration.stream import LayerStream
 from neuroweave.surgery.sites import FUSED_GATE_UP, layer_places, mlp_roles, projections
 
 Progress = Callable[[int, int, str], None]
-SAMPLE = 4096  # tokens on which neurons are matched
+SAMPLE = 4096  # tokens on which neurons are matched and errors are told
 RIDGE = 1e-3
 
 
@@ -49,7 +49,8 @@ class CalibrationOptions:
 @dataclass
 class CalibratedLayer:
     """What happened in one layer. Errors are |patched - teacher|^2 / |teacher's change in this layer|^2 of the stream
-    behind it, before and after; `scaled`: neurons whose scales are not 1; `moved`: neurons in another segment."""
+    behind it, before and after, on the first `SAMPLE` tokens; `scaled`: neurons whose scales are not 1; `moved`: neurons
+    in another segment."""
 
     layer: int
     error_before: float = 0.0
@@ -127,14 +128,14 @@ def calibrate_layer(given: LayerStream, wanted: LayerStream, options: Calibratio
             targets[rows.start] = wanted.run(rows)
         if teacher_parts.middle is not None:
             middles[rows.start] = seen[teacher_parts.middle][0]
+    sample = [rows for rows in given.batches() if rows.start * given.windows_NT.shape[1] < SAMPLE]
     change = sum(
-        float((target - entering(wanted, rows, target)).pow(2).sum())
-        for rows, target in zip(wanted.batches(), targets.values(), strict=True)
+        squares(targets[rows.start] - (wanted.stored(rows) if wanted.at else 0 * targets[rows.start]))
+        for rows in sample
     )
+    before = sum(squares(given.run(rows) - targets[rows.start]) for rows in sample)
     if parts.down is not None and (options.match or options.order):
         match_neurons(given, parts, teacher_parts, options, done)
-    before = [float((given.run(rows) - targets[rows.start]).pow(2).sum()) for rows in given.batches()]
-    done.error_before = sum(before) / max(change, 1e-30)
     if options.attention and parts.attention is not None and parts.middle is not None and middles:
         solve(given, parts, parts.attention, parts.attention_landing, parts.middle, middles, options.ridge)
         done.solved.append("attention.o")
@@ -144,22 +145,15 @@ def calibrate_layer(given: LayerStream, wanted: LayerStream, options: Calibratio
     else:
         done.left_out = parts.reason
     store_weights(given)
-    after = 0.0
-
-    def measured(rows: slice) -> Tensor:
-        nonlocal after
-        out = given.run(rows)
-        after += float((out - targets[rows.start]).pow(2).sum())
-        return out
-
-    given.advance(measured)
+    given.advance()
     wanted.advance(lambda rows: targets[rows.start])
-    done.error_after = after / max(change, 1e-30)
+    after = sum(squares(given.stored(rows) - targets[rows.start]) for rows in sample)
+    done.error_before, done.error_after = (error / max(change, 1e-30) for error in (before, after))
     return done
 
 
-def entering(stream: LayerStream, rows: slice, like: Tensor) -> Tensor:
-    return stream.stored(rows) if stream.at else torch.zeros_like(like)
+def squares(x: Tensor) -> float:
+    return float(x.pow(2).sum())
 
 
 def store_weights(stream: LayerStream) -> None:
@@ -306,7 +300,7 @@ def solve(
     sums = RidgeSums(weight.shape[1], weight.shape[0])
     for rows in stream.batches():
         with listening([projection, *([at] if at is not None else [])]) as seen:
-            out = stream.run(rows)
+            out = stream.run(rows, until=at)
         a, y = seen[projection]
         reached = out if at is None else seen[at][0]
         rest = reached - landing.added(y)

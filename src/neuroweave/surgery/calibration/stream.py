@@ -78,11 +78,22 @@ class LayerStream:
             yield slice(start, min(start + self.batch, len(self.windows_NT)))
 
     @torch.no_grad()
-    def run(self, rows: slice) -> Tensor:
-        """The present layer's output [B, T, C] for some windows."""
+    def run(self, rows: slice, *, until: nn.Module | None = None) -> Tensor:
+        """The present layer's output [B, T, C] for some windows; `until`: a module in it behind which the pass ends
+        already, and whose output is returned."""
         output: list[Tensor] = []
-        with suppress(_BehindTheLayer), self._short_circuit(rows, output):
-            text_decoder(self.model)(input_ids=self.windows_NT[rows], use_cache=False)
+
+        def end(_: nn.Module, __: Any, result: Tensor) -> None:
+            output.append(result)
+            raise _BehindTheLayer
+
+        handle = None if until is None else until.register_forward_hook(end)
+        try:
+            with suppress(_BehindTheLayer), self._short_circuit(rows, output):
+                text_decoder(self.model)(input_ids=self.windows_NT[rows], use_cache=False)
+        finally:
+            if handle is not None:
+                handle.remove()
         return output[0]
 
     def stored(self, rows: slice) -> Tensor:
