@@ -49,8 +49,8 @@ class CalibrationOptions:
 @dataclass
 class CalibratedLayer:
     """What happened in one layer. Errors are |patched - teacher|^2 / |teacher's change in this layer|^2 of the stream
-    behind it, before and after, on the first `SAMPLE` tokens; `scaled`: neurons whose scales are not 1; `moved`: neurons
-    in another segment."""
+    behind it, before and after, on the first `SAMPLE` tokens; `scaled`: neurons whose scales are not 1; `moved`:
+    neurons in another segment."""
 
     layer: int
     error_before: float = 0.0
