@@ -86,12 +86,7 @@ def distance(student: torch.nn.Module, teacher: torch.nn.Module, windows_NT: tor
         ).double()
         count += len(following)
     kl, cosine, original, now = (sums / count).tolist()
-    return {
-        "kl": kl,
-        "cosine": cosine,
-        "original": torch.tensor(original).exp().item(),
-        "perplexity": torch.tensor(now).exp().item(),
-    }
+    return {"kl": kl, "cosine": cosine, "original": math.exp(original), "perplexity": math.exp(now)}
 
 
 if __name__ == "__main__":
