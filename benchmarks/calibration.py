@@ -41,10 +41,8 @@ def main() -> None:
         documents("evaluation"), tokenizer, tokens=options.evaluation_tokens, window=options.window, seed=0
     )
     machine = describe_environment()
-    print(
-        f"{options.model.name}, {learned.numel():,} tokens, measured on {held_out.numel():,}; {machine.cpu}, {machine.threads} threads, {machine.date}\n",
-        flush=True,
-    )
+    print(f"{machine.cpu}, {machine.threads} threads, {machine.date}")
+    print(f"{options.model.name}, {learned.numel():,} tokens, measured on {held_out.numel():,}\n", flush=True)
     print("| activation | KL before | KL after | cosine after | perplexity: original, before, after | seconds |")
     print("|---|---|---|---|---|---|", flush=True)
     for name in options.activations:
@@ -70,7 +68,7 @@ def row(folder: Path, name: str, activation: object, learned: torch.Tensor, held
 
 @torch.no_grad()
 def distance(student: torch.nn.Module, teacher: torch.nn.Module, windows_NT: torch.Tensor) -> dict[str, float]:
-    """Means over all predictions but the last of each window: KL(teacher || student), cosine of logits, perplexities."""
+    """Means over the windows' predictions: KL(teacher || student), cosine of logits, perplexities."""
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for window in windows_NT:
         theirs, ours = (model(window[None]).logits[0, :-1] for model in (teacher, student))
