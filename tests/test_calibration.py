@@ -21,6 +21,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 import neuroweave
@@ -50,6 +52,9 @@ MODELS = {
     ),
     "granite": lambda: GraniteForCausalLM(
         GraniteConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=3, residual_multiplier=0.3)
+    ),
+    "phi3": lambda: Phi3ForCausalLM(
+        Phi3Config(**SIZES, num_key_value_heads=2, num_hidden_layers=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, num_hidden_layers=3)),
     "neuroblast": lambda: NeuroBlastForCausalLM(
@@ -212,6 +217,7 @@ def test_a_bfloat16_model_runs_in_float32_a_layer_at_a_time(tmp_path):
         ("llama", 1.0, False, True),
         ("gemma3", 1.0, True, True),
         ("granite", 0.3, False, True),
+        ("phi3", 1.0, False, True),
         ("gpt_neox", 1.0, False, False),
         ("neuroblast", 1.0, False, True),
     ],
@@ -243,7 +249,7 @@ def gate_and_up(neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(200, neurons, generator=generator) * spread, torch.randn(200, neurons, generator=generator)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
 def test_ordering_and_scaling_neurons_alone_is_exact_where_activations_agree(family, tmp_path):
     """Segments of one activation: any order of the neurons computes the same."""
     student, teacher = pair(family, {"segments": ["original", "original"]})

@@ -83,7 +83,7 @@ def calibrate(
 ) -> Calibration:
     """Change the weights of `student`, in place, so that it comes closer to `teacher` on the windows of token ids.
 
-    Both have the same layers. `folder`: where hidden states lie meanwhile (2 models, 8 bytes x tokens x hidden size).
+    Both have the same layers. `folder`: where hidden states lie meanwhile (at most 16 bytes x tokens x hidden size).
     Raises ValueError for models of different shapes and for windows that are too few.
     """
     options = options or CalibrationOptions()
@@ -123,16 +123,15 @@ def calibrate_layer(given: LayerStream, wanted: LayerStream, options: Calibratio
     parts, teacher_parts = find_parts(given), find_parts(wanted)
     targets: dict[int, Tensor] = {}
     middles: dict[int, Tensor] = {}
+    sample = [rows for rows in given.batches() if rows.start * given.windows_NT.shape[1] < SAMPLE]
+    change = 0.0
     for rows in wanted.batches():
-        with recording(teacher_parts) as seen:
+        with listening([teacher_parts.middle] if teacher_parts.middle is not None else []) as seen:
             targets[rows.start] = wanted.run(rows)
         if teacher_parts.middle is not None:
             middles[rows.start] = seen[teacher_parts.middle][0]
-    sample = [rows for rows in given.batches() if rows.start * given.windows_NT.shape[1] < SAMPLE]
-    change = sum(
-        squares(targets[rows.start] - (wanted.stored(rows) if wanted.at else 0 * targets[rows.start]))
-        for rows in sample
-    )
+        if rows in sample:
+            change += squares(targets[rows.start] - wanted.entered)
     before = sum(squares(given.run(rows) - targets[rows.start]) for rows in sample)
     if parts.down is not None and (options.match or options.order):
         match_neurons(given, parts, teacher_parts, options, done)
@@ -185,11 +184,6 @@ class Parts:
     down_landing: Landing | None = None
     attention_landing: Landing | None = None
     reason: str = ""
-
-    @property
-    def listened(self) -> list[nn.Module]:
-        found = (self.down, self.gate, self.up, self.activation, self.attention, self.middle)
-        return [module for module in found if module is not None]
 
 
 def find_parts(stream: LayerStream) -> Parts:
@@ -272,10 +266,6 @@ def listening(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-def recording(parts: Parts) -> Any:
-    return listening([parts.middle] if parts.middle is not None else [])
 
 
 @contextmanager

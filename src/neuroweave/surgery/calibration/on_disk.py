@@ -17,7 +17,7 @@ from neuroweave.checkpoint.loading import check_source, check_weights, load_toke
 from neuroweave.checkpoint.manifest import fingerprints
 from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.sealed import KEY
-from neuroweave.checkpoint.staging import check_output, staged_folder
+from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.surgery.calibration.calibrate import Calibration, CalibrationOptions, Progress, calibrate
 from neuroweave.text.tokens import NamedText, start_tokens, token_ids_sha256
 
@@ -60,6 +60,10 @@ def calibrate_checkpoint(
         raise ValueError(f"a window of {window} tokens; this model reads {context} at most")
     stored = {name: parameter.dtype for name, parameter in student.named_parameters()}
     with staged_folder(out, overwrite=overwrite, sources=[patched, teacher]) as folder:
+        # hidden states of two models, before and behind a layer, and then the weights
+        hidden = reference.config.get_text_config(decoder=True).hidden_size
+        weights = sum(parameter.nbytes for parameter in student.parameters())
+        check_free_space(folder, max(16 * windows_NT.numel() * hidden, weights))
         done = calibrate(student, reference, windows_NT, folder=folder, options=options, progress=progress)
         for name, parameter in student.named_parameters():
             parameter.data = parameter.data.to(stored[name])

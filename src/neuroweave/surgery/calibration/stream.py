@@ -41,20 +41,15 @@ class LayerStream:
         if len(stacks) != 1:
             raise ValueError(f"{type(model).__name__} has {len(stacks)} lists of decoder layers; expected one decoder")
         self.paths, self.layers = [path for path, _ in stacks[0]], [layer for _, layer in stacks[0]]
-        inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
-        for module in model.modules():
-            own = [*module._parameters.values(), *module._buffers.values()]
-            if own and not any(id(tensor) in inside for tensor in own) and not self._in_a_layer(module):
-                module.float()
+        inside = {id(tensor) for layer in self.layers for tensor in (*layer.parameters(), *layer.buffers())}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in inside and tensor.is_floating_point():
+                tensor.data = tensor.data.float()
         self.at = 0
         self._folder = Path(tempfile.mkdtemp(prefix="stream-", dir=folder))
         self._states: np.memmap | None = None
         self._working: nn.Module | None = None
-
-    def _in_a_layer(self, module: nn.Module) -> bool:
-        return any(module is part for layer in self.layers for part in layer.modules()) or any(
-            layer is part for part in module.modules() for layer in self.layers
-        )
+        self.entered = torch.empty(0)  # what the present layer got in the last pass
 
     def __enter__(self) -> LayerStream:
         return self
@@ -123,7 +118,7 @@ class LayerStream:
             return hidden_states
 
         def present(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            given = hidden_states.float() if entering is None else entering
+            given = self.entered = hidden_states.float() if entering is None else entering
             result = type(working).forward(working, given, *args, **kwargs)
             first = result[0] if isinstance(result, tuple) else result
             if not isinstance(first, Tensor) or first.shape != given.shape:
