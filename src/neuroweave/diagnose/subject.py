@@ -90,7 +90,14 @@ class Profile:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards each module's mode is as before and no hook is left.
+    """Eval mode and no gradients inside; afterwards each module's mode is as before and no hook is left."""
+    with evaluating(model), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module's mode is as before and no hook is left.
 
     transformers answers `output_hidden_states` with hooks that it never takes off (`output_capturing.py`, 5.17 to
     5.23). They are taken off here, with the mark that would keep them from being put back when they are next needed.
@@ -101,8 +108,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     marks = [vars(module).get("_output_capturing_hooks_installed") for module in modules]
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, mode, kept, mark in zip(modules, modes, hooks, marks, strict=True):
             module.training = mode

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from neuroweave.diagnose.probes.head import Head, head_rows, plain_projection
-from neuroweave.diagnose.subject import Subject
+from neuroweave.diagnose.subject import Subject, evaluating
 
 
 @dataclass(eq=False)
@@ -55,35 +55,23 @@ class Collector:
 def prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, every parameter wants a gradient and has none, that of an embedding comes as the rows of its tokens;
     afterwards all is as before, and no hook is left.
-
-    transformers leaves hooks behind where it is asked for hidden states; see `subject.at_rest`.
     """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    hooks = [set(module._forward_hooks) for module in modules]
-    marks = [vars(module).get("_output_capturing_hooks_installed") for module in modules]
-    embeddings = [module for module in modules if gives_whole_gradient(module)]
+    embeddings = [module for module in model.modules() if gives_whole_gradient(module)]
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        for embedding in embeddings:
-            embedding.sparse = True
-        for parameter, _, _ in before:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for embedding in embeddings:
-            embedding.sparse = False
-        for parameter, wanted, gradient in before:
-            parameter.requires_grad_(wanted)
-            parameter.grad = gradient
-        for module, mode, kept, mark in zip(modules, modes, hooks, marks, strict=True):
-            module.training = mode
-            for hook in set(module._forward_hooks) - kept:
-                del module._forward_hooks[hook]
-            if mark is None:
-                vars(module).pop("_output_capturing_hooks_installed", None)
+    with evaluating(model):
+        try:
+            for embedding in embeddings:
+                embedding.sparse = True
+            for parameter, _, _ in before:
+                parameter.grad = None
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for embedding in embeddings:
+                embedding.sparse = False
+            for parameter, wanted, gradient in before:
+                parameter.requires_grad_(wanted)
+                parameter.grad = gradient
 
 
 def gives_whole_gradient(module: nn.Module) -> TypeGuard[nn.Embedding]:
