@@ -80,6 +80,24 @@ def test_segments_of_an_image_run_over_channels():
     np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_segments_of_given_sizes():
+    x = np.random.default_rng(0).normal(size=(2, 5, 7))
+    parts = zip(("relu", "tanh", "silu"), np.split(x, [1, 5], -1), strict=True)
+    expected = np.concatenate([REFERENCE[name](part) for name, part in parts], -1)
+    module = build_activation({"segments": {"members": ["relu", "tanh", "silu"], "sizes": [1, 4, 2]}})
+    np.testing.assert_allclose(module(torch.tensor(x)).numpy(), expected, rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match=r"segments of \[1, 4, 2\] neurons are 7 in all, but there are 8"):
+        module(torch.zeros(8))
+
+
+@pytest.mark.parametrize("neurons", [1, 4, 7, 1536])
+@pytest.mark.parametrize("members", [2, 3, 4])
+def test_even_segments_have_the_sizes_of_chunk(neurons, members):
+    sizes = SegmentMixture([Activation("relu")] * members).segment_sizes(neurons)
+    chunks = [len(part) for part in torch.arange(neurons).chunk(members)]
+    assert sizes == chunks + [0] * (members - len(chunks))
+
+
 def mixture(names=("silu", "relu", "gelu", "swish_beta"), neurons=7, **settings):
     settings = {"neutral": 0} | settings
     return NeuronMixture([Activation(name) for name in names], neurons=neurons, **settings)
@@ -164,6 +182,10 @@ def test_build_activation_keeps_the_original_module():
         (lambda: Activation("sliu"), "activation 'sliu' is not known; known: identity, relu"),
         (lambda: Activation("relu", beta=2.0), "'relu' takes no beta"),
         (lambda: SegmentMixture([Activation("relu")]), "at least two activations, got 1"),
+        (
+            lambda: SegmentMixture([Activation("relu")] * 2, sizes=[3]),
+            r"sizes \[3\]: give one of at least 1 for each of 2",
+        ),
         (lambda: mixture(neutral=4), "neutral member has index 4, but there are 4 members"),
         (lambda: build_activation("original"), "has an activation of its own"),
         (lambda: build_activation({"mixture": {"members": ["relu", "silu"], "neutral": 0}}), "number of neurons"),

@@ -39,7 +39,7 @@ from neuroweave.surgery.calibration.calibrate import (
     match_neurons,
     order_neurons,
 )
-from neuroweave.surgery.calibration.neurons import SCALES, assign, match, segment_sizes
+from neuroweave.surgery.calibration.neurons import SCALES, assign, match
 from neuroweave.surgery.calibration.on_disk import calibrate_checkpoint, draw_calibration_windows
 from neuroweave.surgery.calibration.ridge import RidgeSums
 from neuroweave.surgery.calibration.stream import LayerStream
@@ -157,7 +157,7 @@ def test_match_error_is_what_the_scales_give():
 @pytest.mark.parametrize("neurons", [1, 6, 7])
 def test_assignment_of_two_members_is_the_best(neurons):
     errors = torch.rand(neurons, 2, generator=torch.Generator().manual_seed(neurons))
-    sizes = segment_sizes(neurons, 2)
+    sizes = shuffled_segments().segment_sizes(neurons)
     order = assign(errors, sizes)
     assert sorted(order.tolist()) == list(range(neurons))
 
@@ -169,8 +169,6 @@ def test_assignment_of_two_members_is_the_best(neurons):
 
 
 def test_assignment_of_three_members_has_the_sizes_of_chunk():
-    assert segment_sizes(7, 3) == [len(part) for part in torch.arange(7).chunk(3)] == [3, 3, 1]
-    assert segment_sizes(4, 3) == [2, 2, 0]
     errors = torch.eye(3).repeat(3, 1)[:7]
     order = assign(1 - errors, [3, 3, 1])
     members = [0] * 3 + [1] * 3 + [2]
@@ -229,9 +227,9 @@ def test_where_projections_land(family, scale, normed, attention, tmp_path):
         assert parts.down_landing.scale == pytest.approx(scale, rel=1e-4)
         assert (parts.down_landing.norm is not None) is normed
         assert (parts.attention is not None) is attention
-        with listening([parts.down]) as seen:
+        with listening([parts.mlp.down]) as seen:
             out = stream.run(slice(0, 2))
-        y = seen[parts.down][1]
+        y = seen[parts.mlp.down][1]
         rest = out - parts.down_landing.added(y)
         moved = rest + parts.down_landing.added(2 * y if normed else y + 1)
         expected = out if normed else out + scale
@@ -261,15 +259,16 @@ def test_ordering_and_scaling_neurons_alone_is_exact_where_activations_agree(fam
         done = CalibratedLayer(0)
         before = given.run(slice(0, 3))
         parts = find_parts(given)
-        gates = parts.gate.weight.clone()
-        order_neurons(parts, shuffled_segments(), find_parts(wanted).activation, *gate_and_up(40), False, done)
+        gates = parts.mlp.gate.weight.clone()
+        teacher_mlp = find_parts(wanted).mlp
+        order_neurons(parts.mlp, shuffled_segments(), teacher_mlp.activation, *gate_and_up(40), False, done)
         assert done.moved > 0
         torch.testing.assert_close(given.run(slice(0, 3)), before, rtol=1e-5, atol=1e-5)
         done = CalibratedLayer(0)
-        match_neurons(given, parts, find_parts(wanted), CalibrationOptions(), done)
+        match_neurons(given, parts.mlp, teacher_mlp, CalibrationOptions(), done)
         torch.testing.assert_close(given.run(slice(0, 3)), before, rtol=1e-5, atol=1e-5)
         assert (done.scaled, done.moved) == (0, 0)
-        assert torch.equal(parts.gate.weight.sort(0).values, gates.sort(0).values)
+        assert torch.equal(parts.mlp.gate.weight.sort(0).values, gates.sort(0).values)
 
 
 # ------------------------------------------------------------------------------------------------------------ whole

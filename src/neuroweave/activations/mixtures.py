@@ -19,22 +19,38 @@ START_LOGIT = 8.0
 
 
 class SegmentMixture(nn.Module):
-    """Activation k on the k-th of K even, contiguous segments of the neurons (AutoMixedActivation, first form).
+    """Activation k on the k-th of K contiguous segments of the neurons (AutoMixedActivation, first form).
 
-    The split runs over the last dimension, for a 4-D image tensor `[B, C, H, W]` over C. Where K does not divide n, the
-    first segments have ceil(n/K) neurons and the last what is left, as `torch.chunk` does; each neuron is covered once.
+    The split runs over the last dimension, for a 4-D image tensor `[B, C, H, W]` over C. `sizes`: neurons of each
+    segment, n in all. Without them the segments are even: where K does not divide n, the first have ceil(n/K) neurons
+    and the last what is left, as `torch.chunk` does. Each neuron is covered once.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module], *, sizes: Sequence[int] | None = None) -> None:
         super().__init__()
         if len(members) < 2:
             raise ValueError(f"a segment mixture needs at least two activations, got {len(members)}")
+        if sizes is not None and (len(sizes) != len(members) or min(sizes) < 1):
+            raise ValueError(f"sizes {list(sizes)}: give one of at least 1 for each of {len(members)} segments")
         self.members = nn.ModuleList(members)
+        self.sizes = None if sizes is None else list(sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         dim = 1 if x.ndim == 4 else -1
-        segments = torch.chunk(x, len(self.members), dim=dim)
-        return torch.cat([member(part) for member, part in zip(self.members, segments, strict=False)], dim=dim)
+        segments = torch.split(x, self.segment_sizes(x.shape[dim]), dim=dim)
+        return torch.cat([member(part) for member, part in zip(self.members, segments, strict=True)], dim=dim)
+
+    def segment_sizes(self, neurons: int) -> list[int]:
+        """How many of the neurons each member gets. Raises ValueError where `sizes` are those of another width."""
+        if self.sizes is None:
+            most = -(-neurons // len(self.members))
+            return [min(most, max(0, neurons - most * k)) for k in range(len(self.members))]
+        if sum(self.sizes) != neurons:
+            raise ValueError(f"segments of {self.sizes} neurons are {sum(self.sizes)} in all, but there are {neurons}")
+        return self.sizes
+
+    def extra_repr(self) -> str:
+        return "" if self.sizes is None else f"sizes={self.sizes}"
 
 
 class NeuronMixture(nn.Module):
@@ -113,6 +129,7 @@ def build_activation(
 
     `original`: the model's own activation at this place, which the name `original` stands for. `neurons`: n, needed by
     a neuron mixture. Forms: a name; `{"swish_beta": {"beta": 1.7}}`; `{"segments": [...]}`;
+    `{"segments": {"members": [...], "sizes": [...]}}`;
     `{"mixture": {"members": [...], "neutral": k, "start_logit": 8.0, "hard": false}}`.
     Raises ValueError for what it does not know.
     """
@@ -128,7 +145,9 @@ def build_activation(
     if kind == "swish_beta":
         return Activation("swish_beta", beta=float(settings["beta"]))
     if kind == "segments":
-        return SegmentMixture([build_activation(member, original=original) for member in settings])
+        sizes = settings["sizes"] if isinstance(settings, dict) else None
+        named = settings["members"] if isinstance(settings, dict) else settings
+        return SegmentMixture([build_activation(member, original=original) for member in named], sizes=sizes)
     if kind == "mixture":
         if neurons is None:
             raise ValueError("a neuron mixture needs the number of neurons of its layer")

@@ -124,7 +124,11 @@ def activation_text(activation: Any) -> str:
     if activation is None:
         return "?"
     if isinstance(activation, dict) and "segments" in activation:
-        return "|".join(map(activation_text, activation["segments"]))
+        segments = activation["segments"]
+        if isinstance(segments, dict):
+            named = zip(segments["members"], segments["sizes"], strict=True)
+            return "|".join(f"{activation_text(member)} {size}" for member, size in named)
+        return "|".join(map(activation_text, segments))
     if isinstance(activation, dict) and "mixture" in activation:
         return f"mixture of {', '.join(map(activation_text, activation['mixture']['members']))}"
     return activation if isinstance(activation, str) else json.dumps(activation, ensure_ascii=False)

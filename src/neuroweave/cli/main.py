@@ -29,6 +29,7 @@ COMMANDS = {
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
     "compare": ("compare", "Measure what a change did to a model; write a report."),
     "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),
+    "harden": ("harden", "Turn learned mixtures into segments: a plain recipe."),
     "calibrate": ("calibrate", "Bring a patched model back in closed form: minutes on a CPU."),
     "sensitivity": ("sensitivity", "Change one layer at a time; rank the layers."),
 }

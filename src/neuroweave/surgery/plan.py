@@ -94,7 +94,8 @@ def refuse_parameters(model: PreTrainedModel, place: Place, activation: Activati
     """Raise ValueError for `original` inside a mixture where it has weights: they would change their names."""
     if not isinstance(activation, dict) or place.op != "activation":
         return
-    members = activation.get("segments") or activation.get("mixture", {}).get("members", [])
+    settings: Any = activation.get("segments") or activation.get("mixture", {})
+    members = settings.get("members", []) if isinstance(settings, dict) else settings
     if "original" in members and model.get_submodule(place.path).state_dict():
         raise ValueError(
             f"{place.path} has weights of its own, so 'original' cannot be a member of a mixture there; "
@@ -150,6 +151,10 @@ def parts_of(path: str, entries: list[tuple[Place, ActivationSpec]]) -> list[Edi
 
 def settled(activation: ActivationSpec, place: Place) -> Edit:
     """The activation with all that depends on the model filled in: a mixture's neutral member and its neurons."""
+    if isinstance(activation, dict) and isinstance(activation.get("segments"), dict):
+        sizes = activation["segments"]["sizes"]
+        if place.neurons and sum(sizes) != place.neurons:
+            raise ValueError(f"{place.path}: segments of {sizes} are {sum(sizes)} neurons; it has {place.neurons}")
     if not isinstance(activation, dict) or "mixture" not in activation:
         return {"activation": activation}
     settings = activation["mixture"]

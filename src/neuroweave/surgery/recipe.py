@@ -68,7 +68,7 @@ def activation_spec(value: Any) -> str | dict[str, Any]:
     if isinstance(value, dict) and len(value) == 1:
         [(kind, settings)] = value.items()
         if kind == "segments":
-            return {"segments": [member_spec(member) for member in several(kind, settings)]}
+            return {"segments": segment_settings(settings)}
         if kind == "mixture":
             return {"mixture": mixture_settings(settings)}
         if kind != "swish_beta":
@@ -83,6 +83,24 @@ def several(kind: str, members: Any) -> list[Any]:
     if not isinstance(members, list | tuple) or len(members) < 2:
         raise ValueError(f"{kind} takes a list of at least two activations, got {members!r}")
     return list(members)
+
+
+def segment_settings(settings: Any) -> list[Any] | dict[str, Any]:
+    """A list of members where the segments are even, `{"members": [..], "sizes": [..]}` where they are not."""
+    if not isinstance(settings, dict):
+        return [member_spec(member) for member in several("segments", settings)]
+    for key in settings:
+        if key not in ("members", "sizes"):
+            known = ("members", "sizes")
+            raise ValueError(f"segments has no setting {key!r}{nearest(str(key), known)}; known: members, sizes")
+    members = [member_spec(member) for member in several("segments", settings.get("members"))]
+    sizes = settings.get("sizes")
+    if sizes is None:
+        return members
+    whole = isinstance(sizes, list | tuple) and all(type(size) is int and size > 0 for size in sizes)
+    if not whole or len(sizes) != len(members):
+        raise ValueError(f"sizes takes {len(members)} whole numbers of at least 1, a segment's each; got {sizes!r}")
+    return {"members": members, "sizes": list(sizes)}
 
 
 def mixture_settings(settings: Any) -> dict[str, Any]:
@@ -167,7 +185,8 @@ class SiteEdit(BaseModel):
         description=f"a site or a list of sites: {', '.join(SITES)}; or `{EVERYWHERE}`, every site that the model has"
     )
     activation: ActivationField = Field(
-        description="a name; several joined by | (even segments); {segments: [..]}; {mixture: {members: [..]}} "
+        description="a name; several joined by | (even segments); {segments: [..]}; "
+        "{segments: {members: [..], sizes: [..]}}; {mixture: {members: [..]}} "
         "(learned per neuron); {swish_beta: number}; `original` is the model's own"
     )
     layers: Annotated[Literal["all"] | str | list[int], BeforeValidator(layer_selection)] = Field(

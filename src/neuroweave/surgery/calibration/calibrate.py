@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture
 from neuroweave.surgery.calibration.landing import Landing, find_landing
-from neuroweave.surgery.calibration.neurons import assign, match, segment_sizes
+from neuroweave.surgery.calibration.neurons import Function, assign, match
 from neuroweave.surgery.calibration.ridge import RidgeSums
 from neuroweave.surgery.calibration.stream import LayerStream
-from neuroweave.surgery.sites import FUSED_GATE_UP, layer_places, mlp_roles, projections
+from neuroweave.surgery.mlp_parts import MlpParts, find_mlp, is_linear
+from neuroweave.surgery.sites import layer_places
 
 Progress = Callable[[int, int, str], None]
 SAMPLE = 4096  # tokens on which neurons are matched and errors are told
@@ -133,13 +134,13 @@ def calibrate_layer(given: LayerStream, wanted: LayerStream, options: Calibratio
         if rows in sample:
             change += squares(targets[rows.start] - wanted.entered)
     before = sum(squares(given.run(rows) - targets[rows.start]) for rows in sample)
-    if parts.down is not None and (options.match or options.order):
-        match_neurons(given, parts, teacher_parts, options, done)
+    if parts.mlp is not None and teacher_parts.mlp is not None and (options.match or options.order):
+        match_neurons(given, parts.mlp, teacher_parts.mlp, options, done)
     if options.attention and parts.attention is not None and parts.middle is not None and middles:
-        solve(given, parts, parts.attention, parts.attention_landing, parts.middle, middles, options.ridge)
+        solve(given, parts.attention, parts.attention_landing, parts.middle, middles, options.ridge)
         done.solved.append("attention.o")
-    if parts.down is not None:
-        solve(given, parts, parts.down, parts.down_landing, None, targets, options.ridge)
+    if parts.mlp is not None:
+        solve(given, parts.mlp.down, parts.down_landing, None, targets, options.ridge)
         done.solved.append("mlp.down")
     else:
         done.left_out = parts.reason
@@ -171,14 +172,10 @@ def store_weights(stream: LayerStream) -> None:
 @dataclass
 class Parts:
     """The modules of a layer that matter here. `middle`: the norm that the residual stream enters between attention
-    and MLP; `reason`: why there is no `down`."""
+    and MLP; `reason`: why there is no `mlp`."""
 
     layer: nn.Module
-    down: nn.Module | None = None
-    gate: nn.Module | None = None
-    up: nn.Module | None = None
-    fused: bool = False
-    activation: nn.Module | None = None
+    mlp: MlpParts | None = None
     attention: nn.Module | None = None
     middle: nn.Module | None = None
     down_landing: Landing | None = None
@@ -189,55 +186,35 @@ class Parts:
 def find_parts(stream: LayerStream) -> Parts:
     """Name the parts of the present layer, and try where the projections' outputs land."""
     parts, layer = Parts(stream.layer), stream.layer
+    try:
+        parts.mlp = find_mlp(stream.model, layer)
+    except ValueError as error:
+        parts.reason = str(error)
+        return parts
     places = [place for place in layer_places(stream.model, layer, 0, "") if place.op]
-    blocks = {place.path.strip(".").rpartition(".")[0] for place in places if place.site == "mlp"}
-    if len(blocks) != 1:
-        parts.reason = "no MLP" if not blocks else f"{len(blocks)} MLPs"
-        return parts
-    block_name = blocks.pop()
-    block = layer.get_submodule(block_name)
-    roles = mlp_roles(projections(block))
-    down = getattr(block, roles.get("mlp.down", ""), None)
-    if not is_linear(down):
-        parts.reason = "its down projection is no plain matrix"
-        return parts
-    parts.down = down
-    parts.activation = next(layer.get_submodule(place.path.strip(".")) for place in places if place.site == "mlp")
-    fused = next((name for name in FUSED_GATE_UP if is_linear(getattr(block, name, None))), None)
-    parts.fused = fused is not None
-    parts.gate = getattr(block, fused or roles.get("mlp.gate") or roles.get("mlp.up", ""), None)
-    parts.up = None if fused or "mlp.gate" not in roles else getattr(block, roles["mlp.up"], None)
     attention = next((place.path.strip(".") for place in places if place.site == "attention.o"), None)
     if attention is not None and is_linear(layer.get_submodule(attention)):
         parts.attention = layer.get_submodule(attention)
-    try_landings(stream, parts, block)
+    try_landings(stream, parts, parts.mlp)
     return parts
 
 
-def is_linear(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2 and not hasattr(module, "nf")
-    )
-
-
-def try_landings(stream: LayerStream, parts: Parts, block: nn.Module) -> None:
+def try_landings(stream: LayerStream, parts: Parts, mlp: MlpParts) -> None:
     """Run one window as it is and with each projection's output zeroed, and see what that does."""
     rows = slice(0, 1)
     norms = [module for module in parts.layer.modules() if "norm" in type(module).__name__.lower()]
-    assert parts.down is not None
-    watched = [*norms, parts.down, block, *([parts.attention] if parts.attention is not None else [])]
+    watched = [*norms, mlp.down, mlp.block, *([parts.attention] if parts.attention is not None else [])]
     with listening(watched) as seen:
         landing = stream.run(rows)
     passed = {norm: seen[norm] for norm in norms if norm in seen}
-    entered_block = seen[block][0]
+    entered_block = seen[mlp.block][0]
     parts.middle = next((norm for norm, (_, left) in passed.items() if left is entered_block), None)
-    with silenced(parts.down):
+    with silenced(mlp.down):
         without = stream.run(rows)
     try:
-        parts.down_landing = find_landing(seen[parts.down][1], landing, without, passed)
+        parts.down_landing = find_landing(seen[mlp.down][1], landing, without, passed)
     except ValueError as error:
-        parts.reason, parts.down = str(error), None
+        parts.reason, parts.mlp = str(error), None
         return
     if parts.attention is None or parts.middle is None or parts.attention not in seen:
         parts.attention = None
@@ -281,7 +258,7 @@ def silenced(module: nn.Module) -> Iterator[None]:
 
 
 def solve(
-    stream: LayerStream, parts: Parts, projection: nn.Module, landing: Landing | None, at: nn.Module | None,
+    stream: LayerStream, projection: nn.Module, landing: Landing | None, at: nn.Module | None,
     targets: dict[int, Tensor], ridge: float,
 ) -> None:  # fmt: skip
     """Solve the projection's weight so that the stream (behind the layer, or entering `at`) lands on the targets."""
@@ -301,21 +278,21 @@ def solve(
 
 
 def match_neurons(
-    stream: LayerStream, parts: Parts, teacher: Parts, options: CalibrationOptions, done: CalibratedLayer
+    stream: LayerStream, mlp: MlpParts, teacher: MlpParts, options: CalibrationOptions, done: CalibratedLayer
 ) -> None:
     """Scale and order the neurons of the present layer, from a sample of its tokens."""
-    old, new = teacher.activation, parts.activation
-    if old is None or new is None or parts.gate is None or isinstance(new, NeuronMixture):
+    old, new = teacher.activation, mlp.activation
+    if mlp.gate is None or isinstance(new, NeuronMixture):
         return
     gates, ups, sampled = [], [], 0
     for rows in stream.batches():
-        with listening([module for module in (parts.gate, parts.up) if module is not None]) as seen:
+        with listening([module for module in (mlp.gate, mlp.up) if module is not None]) as seen:
             stream.run(rows)
-        gate = seen[parts.gate][1].flatten(0, 1)
-        if parts.fused:
+        gate = seen[mlp.gate][1].flatten(0, 1)
+        if mlp.fused:
             gate, up = gate.chunk(2, dim=-1)
         else:
-            up = seen[parts.up][1].flatten(0, 1) if parts.up is not None else torch.ones_like(gate)
+            up = seen[mlp.up][1].flatten(0, 1) if mlp.up is not None else torch.ones_like(gate)
         gates.append(gate)
         ups.append(up)
         sampled += len(gate)
@@ -324,33 +301,28 @@ def match_neurons(
     with torch.no_grad():
         gate, up = torch.cat(gates)[:SAMPLE], torch.cat(ups)[:SAMPLE]
         if options.order and isinstance(new, SegmentMixture):
-            gate, up = order_neurons(parts, new, old, gate, up, options.match, done)
+            gate, up = order_neurons(mlp, new, old, gate, up, options.match, done)
         if options.match:
             s, c, _ = match(old, new, gate, up)
-            scale_neurons(parts, s, c)
+            mlp.scale(s, c)
             done.scaled = int(((s != 1) | (c != 1)).sum())
 
 
 @torch.no_grad()
 def order_neurons(
-    parts: Parts, new: SegmentMixture, old: nn.Module, gate: Tensor, up: Tensor, scaled: bool, done: CalibratedLayer
+    mlp: MlpParts, new: SegmentMixture, old: Function, gate: Tensor, up: Tensor, scaled: bool, done: CalibratedLayer
 ) -> tuple[Tensor, Tensor]:
     """Permute the neurons so that each segment gets those that lose least by its activation."""
-    assert parts.down is not None
-    down: Any = parts.down.weight
+    down: Any = mlp.down.weight
     lengths = down.pow(2).sum(0)
     errors = []
     for member in new.members:
         plain = ((member(gate) - old(gate)) * up).pow(2).sum(0)
         errors.append((match(old, member, gate, up)[2] if scaled else plain) * lengths)
-    sizes = segment_sizes(gate.shape[1], len(new.members))
+    sizes = new.segment_sizes(gate.shape[1])
     order = assign(torch.stack(errors, dim=1), sizes)
     done.moved = moved(order, sizes)
-    for weight in neuron_rows(parts):
-        weight.copy_(
-            weight[order] if len(weight) == len(order) else torch.cat([half[order] for half in weight.chunk(2)])
-        )
-    down.copy_(down[:, order])
+    mlp.reorder(order)
     return gate[:, order], up[:, order]
 
 
@@ -358,22 +330,3 @@ def moved(order: Tensor, sizes: list[int]) -> int:
     """How many neurons are in another segment than before."""
     segments = torch.cat([torch.full((size,), k) for k, size in enumerate(sizes)])
     return int((segments[order] != segments).sum())
-
-
-def scale_neurons(parts: Parts, s: Tensor, c: Tensor) -> None:
-    assert parts.gate is not None
-    assert parts.down is not None
-    for tensor in (parts.gate.weight, getattr(parts.gate, "bias", None)):
-        if isinstance(tensor, Tensor):
-            rows = tensor.chunk(2)[0] if parts.fused else tensor
-            rows.mul_(s[:, None] if tensor.ndim == 2 else s)
-    down: Any = parts.down.weight
-    down.mul_(c)
-
-
-def neuron_rows(parts: Parts) -> Iterator[Any]:
-    """Weights and biases whose rows are neurons."""
-    for module in (parts.gate, parts.up):
-        for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
-            if isinstance(tensor, Tensor):
-                yield tensor

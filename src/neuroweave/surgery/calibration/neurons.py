@@ -62,9 +62,3 @@ def assign(error_MK: Float[Tensor, "M K"], sizes: Sequence[int]) -> Int[Tensor, 
         groups.append(left[taken])
         left = left[~taken]
     return torch.cat(groups[::-1])
-
-
-def segment_sizes(neurons: int, members: int) -> list[int]:
-    """Neurons of each segment, as `torch.chunk` splits them; a member may get none."""
-    sizes = [len(part) for part in torch.arange(neurons).chunk(members)]
-    return sizes + [0] * (members - len(sizes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,19 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuroweave import __version__
 from neuroweave.checkpoint.loading import check_source, check_weights, load_tokenizer
 from neuroweave.checkpoint.manifest import fingerprints
 from neuroweave.checkpoint.reader import Checkpoint
+from neuroweave.checkpoint.resaving import load_stored, save_like
 from neuroweave.checkpoint.sealed import KEY
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.surgery.calibration.calibrate import Calibration, CalibrationOptions, Progress, calibrate
 from neuroweave.text.tokens import NamedText, start_tokens, token_ids_sha256
 
 TOKENS, WINDOW = 49_152, 512
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def calibrate_checkpoint(
@@ -68,16 +67,8 @@ def calibrate_checkpoint(
         for name, parameter in student.named_parameters():
             parameter.data = parameter.data.to(stored[name])
         record(student, teacher, done, windows_NT)
-        student.save_pretrained(folder)
-        for name in other_files(patched, folder):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(patched / name, folder / name)
+        save_like(student, patched, folder)
     return done
-
-
-def load_stored(folder: Path) -> PreTrainedModel:
-    """The model in the dtype that it is stored in, its weights mapped from the disk where that is possible."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 def draw_calibration_windows(
@@ -118,14 +109,3 @@ def record(student: PreTrainedModel, teacher: Path, done: Calibration, windows_N
         "text_sha256": token_ids_sha256(windows_NT.tolist()),
         "teacher": {"files": files},
     }
-
-
-def other_files(source: Path, folder: Path) -> list[str]:
-    """Files of the source that are neither weights nor written already: tokenizer, chat template, licence."""
-    return [
-        file.relative_to(source).as_posix()
-        for file in sorted(source.rglob("*"))
-        if file.is_file()
-        and not file.name.endswith(WEIGHT_ENDINGS)
-        and not (folder / file.relative_to(source)).exists()
-    ]
