@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from neuroweave.activations.formulas import swish_beta
@@ -95,11 +95,18 @@ class NeuronMixture(nn.Module):
                 number: Any = self.members[self.swish].beta
                 self.beta.fill_(1.0 if number is None else number)
 
+    def soft_weights(self) -> Float[Tensor, "n K"]:
+        """softmax(gating_logits), in float32 at least."""
+        logits = self.gating_logits
+        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+    def choices(self) -> Int[Tensor, " n"]:
+        """The member that each neuron gives most weight to."""
+        return self.gating_logits.argmax(dim=-1)
+
     def weights(self) -> Float[Tensor, "n K"]:
         """How much of each member every neuron runs; rows sum to 1. In float32 at least."""
-        soft = torch.softmax(
-            self.gating_logits.to(torch.promote_types(self.gating_logits.dtype, torch.float32)), dim=-1
-        )
+        soft = self.soft_weights()
         if not self.hard:
             return soft
         chosen = torch.nn.functional.one_hot(soft.argmax(dim=-1), len(self.members)).to(soft.dtype)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from neuroweave.activations.neuron_choices import NeuronChoices
 from neuroweave.diagnose.bootstrap import FEWEST_UNITS, LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.passages import Sample
+from neuroweave.diagnose.probes.anatomy import layers_and_families
 from neuroweave.diagnose.probes.generation import Written
 from neuroweave.diagnose.probes.gradient import GradientTally, gradient_difference, gradient_result
 from neuroweave.diagnose.probes.signal import SignalTally, signal_difference
@@ -25,6 +27,7 @@ from neuroweave.diagnose.results.comparison import (
     Speed,
     TextUsed,
 )
+from neuroweave.diagnose.results.neurons import MixtureChoices
 from neuroweave.diagnose.results.plan import Plan
 from neuroweave.diagnose.results.records import Estimate, Histogram
 from neuroweave.diagnose.results.weights import Weights
@@ -59,6 +62,7 @@ def describe_model(found: Findings, places: Places, plan: Plan, bootstrap: Boots
         dtype=profile.dtype,
         device=profile.device,
         recipe=profile.recipe,
+        choices=mixture_choices(profile.choices),
         negative_log_likelihood=bootstrap.estimate(tally.negative_log_likelihood, counts),
         perplexity=bootstrap.estimate(tally.negative_log_likelihood, counts, exponential=True),
         confidence=bootstrap.estimate(tally.confidence, counts),
@@ -71,6 +75,21 @@ def describe_model(found: Findings, places: Places, plan: Plan, bootstrap: Boots
         speed=found.speed,
         tasks=[score for run in found.tasks for score in run.scores],
     )
+
+
+def mixture_choices(found: list[NeuronChoices]) -> list[MixtureChoices]:
+    """The same with the layer that each mixture is in, and its name there."""
+    places = layers_and_families([each.path for each in found])
+    return [
+        MixtureChoices(
+            layer=places[each.path][0],
+            family=places[each.path][1],
+            neurons=each.neurons,
+            weights=each.weights,
+            entropy=each.entropy,
+        )
+        for each in found
+    ]
 
 
 def describe_other(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from neuroweave.activations.neuron_choices import NeuronChoices, neuron_choices
 from neuroweave.diagnose.passages import Sample, encode
 from neuroweave.text.tokens import start_tokens
 
@@ -71,6 +72,7 @@ class Profile:
     config: dict[str, Any]
     longest: int | None
     tokenizer: PreTrainedTokenizerBase
+    choices: list[NeuronChoices]
 
     @classmethod
     def of(cls, subject: Subject) -> Profile:
@@ -85,6 +87,7 @@ class Profile:
             config=subject.config.to_dict() if hasattr(subject.config, "to_dict") else {},
             longest=subject.longest,
             tokenizer=subject.tokenizer,
+            choices=neuron_choices(subject.model),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -108,11 +108,6 @@ def learned_mixtures(model: PreTrainedModel) -> dict[str, NeuronMixture]:
     return found
 
 
-def choices(mixture: NeuronMixture) -> Int[Tensor, " M"]:
-    """The member with the largest logit, for each neuron."""
-    return mixture.gating_logits.argmax(dim=-1)
-
-
 def mlp_at(model: PreTrainedModel, place: Place, places: list[Place]) -> MlpParts:
     """The MLP around an activation. Raises ValueError, with the reason, where its neurons cannot be reordered."""
     if sum(other.layer == place.layer for other in places) > 1:
@@ -161,7 +156,7 @@ def harden_mlp(
 
     Raises ValueError, and leaves the MLP as it was, where that does not give what the hard mixture gives.
     """
-    chosen, beta = choices(mixture), folded_beta(mixture)
+    chosen, beta = mixture.choices(), folded_beta(mixture)
     names = [canonical(member, original, learned=k == mixture.swish) for k, member in enumerate(members)]
     kinds = list({json.dumps(names[k]): names[k] for k in range(len(names)) if (chosen == k).any()}.values())
     segment_M = torch.tensor([kinds.index(name) if name in kinds else -1 for name in names])[chosen.cpu()]
@@ -193,7 +188,7 @@ def folded_beta(mixture: NeuronMixture) -> Float[Tensor, " M"]:
     if mixture.beta is None:
         return ones
     away = torch.where(mixture.beta < 0, -1.0, 1.0) * mixture.beta.abs().clamp(min=LEAST_BETA)
-    return torch.where(choices(mixture) == mixture.swish, away, ones)
+    return torch.where(mixture.choices() == mixture.swish, away, ones)
 
 
 def canonical(member: Any, original: str, *, learned: bool) -> Any:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from neuroweave.diagnose.results.generation import Generated
 from neuroweave.diagnose.results.gradient import Gradient, GradientDifference
+from neuroweave.diagnose.results.neurons import MixtureChoices
 from neuroweave.diagnose.results.plan import Plan
 from neuroweave.diagnose.results.records import Estimate, Histogram, Record
 from neuroweave.diagnose.results.signal import Signal, SignalDifference
@@ -68,6 +69,7 @@ class Measured(Record):
     dtype: str
     device: str
     recipe: dict[str, Any] | None = Field(description="`neuroweave` in the model's config, if any")
+    choices: list[MixtureChoices] = Field([], description="of mixtures; empty: the model has none of uneven sizes")
     negative_log_likelihood: Estimate
     perplexity: Estimate
     confidence: Estimate = Field(description="mean probability of the top token")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neuroweave.diagnose.report.figures import generation, gradient, prediction, signal, speed, tasks, weights
+from neuroweave.diagnose.report.figures import generation, gradient, neurons, prediction, signal, speed, tasks, weights
 from neuroweave.diagnose.report.figures.drawing import (
     STYLE,
     Drawing,
@@ -18,7 +18,7 @@ from neuroweave.diagnose.report.figures.drawing import (
 )
 from neuroweave.diagnose.results.comparison import Comparison
 
-THEMES = (signal, gradient, prediction, generation, weights, tasks, speed)
+THEMES = (neurons, signal, gradient, prediction, generation, weights, tasks, speed)
 
 __all__ = ["Picture", "colour_number", "draw_figures", "save_figures"]
 

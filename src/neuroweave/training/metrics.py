@@ -1,0 +1,141 @@
+"""What a run says about itself: `metrics.jsonl`, a line for the person, and the trackers that are asked for.
+
+A line of metrics.jsonl: {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "seconds",
+"memory_gb"} while training (loss: nats per token, the mean since the line before), {"step", "eval_loss", ...} after an
+evaluation on the held-out text. The file is one history: a resumed run cuts off what lies after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS_FILE = "metrics.jsonl"
+# name: (module that must be there, package to install)
+TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+
+
+def check_trackers(names: Sequence[str]) -> list[str]:
+    """The names. Raises ValueError for one that is not known, or whose package is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"report_to: {name!r} is not known; choose from {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(TRACKERS[name]) is None:
+            raise ValueError(f"report_to: {name} is not installed; pip install {TRACKERS[name]}, or leave it out")
+    return list(names)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes `metrics.jsonl` in the run's folder and tells a line per entry to `report`.
+
+    `tokens_per_step`: of all processes together. `report`: gets one line of text, without a newline.
+    """
+
+    def __init__(self, tokens_per_step: int, *, report: Callable[[str], None] | None = None) -> None:
+        self.tokens_per_step, self.report = tokens_per_step, report
+        self.began = self.last_time = time.perf_counter()
+        self.last_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began = self.last_time = time.perf_counter()
+        self.last_step = state.global_step
+        if state.is_world_process_zero:
+            cut_after(Path(str(args.output_dir)) / METRICS_FILE, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        now = time.perf_counter()
+        kept = {name: value for name, value in logs.items() if name != "epoch" and not name.endswith("_per_second")}
+        entry: dict[str, Any] = {"step": state.global_step, **kept}
+        if "loss" in logs:
+            steps = state.global_step - self.last_step
+            entry["tokens"] = state.global_step * self.tokens_per_step
+            entry["tokens_per_second"] = steps * self.tokens_per_step / max(now - self.last_time, 1e-9)
+            entry["memory_gb"] = memory_gb()
+            self.last_step = state.global_step
+        entry["seconds"] = now - self.began
+        self.last_time = now  # an evaluation's seconds are not the training's
+        append_line(Path(str(args.output_dir)) / METRICS_FILE, entry)
+        if self.report is not None:
+            self.report(as_text(entry, total=state.max_steps))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.last_time = time.perf_counter()
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Add a line. A loss that is not finite is written as null, since JSON has no other word for it."""
+    plain = {
+        name: round(value, 6) if isinstance(value, float) and name not in ("learning_rate", "loss") else value
+        for name, value in entry.items()
+        if isinstance(value, int | float | str)
+    }
+    plain = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in plain.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line that a killed run left half written is left out."""
+    entries = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the entries after `step`: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
+    draft = path.with_suffix(".partial")
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def memory_gb() -> float:
+    """The most memory that this process has held: on the accelerator where there is one, else its resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def as_text(entry: dict[str, Any], *, total: int) -> str:
+    """One line: `step 40/1000  loss 5.1234  grad 0.81  lr 4.00e-03  1,234 tokens/s  2.1 GB`."""
+    parts = [f"step {entry['step']}/{total}"]
+    for name, form in (("loss", "loss {:.4f}"), ("eval_loss", "held-out loss {:.4f}"), ("grad_norm", "grad {:.3g}")):
+        if name in entry:
+            parts.append(form.format(entry[name]))
+    others = [name for name in entry if name.startswith("eval_") and name not in ("eval_loss", "eval_tokens")]
+    parts += [f"{name.removeprefix('eval_').replace('_', ' ')} {entry[name]:.4g}" for name in others]
+    if "tokens_per_second" in entry:
+        parts.append(f"lr {entry['learning_rate']:.2e}")
+        parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{entry['memory_gb']:.1f} GB")
+    return "  ".join(parts)
