@@ -23,6 +23,7 @@ from neuroweave.checkpoint.loading import load_tokenizer
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.surgery.calibration.calibrate import CalibrationOptions, calibrate
 from neuroweave.surgery.calibration.on_disk import draw_calibration_windows
+from neuroweave.surgery.recipe import shipped_recipes
 from neuroweave.text import documents
 
 
@@ -46,14 +47,21 @@ def main() -> None:
     print("| activation | KL before | KL after | cosine after | perplexity: original, before, after | seconds |")
     print("|---|---|---|---|---|---|", flush=True)
     for name in options.activations:
-        activation = {"segments": name.split("|")} if "|" in name else name
-        print(row(options.model, name, activation, learned, held_out), flush=True)
+        print(row(options.model, name, learned, held_out), flush=True)
         gc.collect()
 
 
-def row(folder: Path, name: str, activation: object, learned: torch.Tensor, held_out: torch.Tensor) -> str:
+def recipe_of(name: str) -> dict | str:
+    """A site and its activation (`attention.v=phantom`), the name of a shipped recipe, or an activation of all MLPs."""
+    site, equals, activation = name.rpartition("=")
+    if name in shipped_recipes():
+        return name
+    return {"sites": [{"site": site if equals else "mlp", "activation": activation}]}
+
+
+def row(folder: Path, name: str, learned: torch.Tensor, held_out: torch.Tensor) -> str:
     teacher, student = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
-    neuroweave.patch(student, {"sites": [{"site": "mlp", "activation": activation}]})
+    neuroweave.patch(student, recipe_of(name))
     before = distance(student, teacher, held_out)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,14 +36,14 @@ from neuroweave.surgery.calibration.calibrate import (
     CalibrationOptions,
     calibrate,
     find_parts,
-    listening,
     match_neurons,
     order_neurons,
 )
 from neuroweave.surgery.calibration.neurons import SCALES, assign, match
 from neuroweave.surgery.calibration.on_disk import calibrate_checkpoint, draw_calibration_windows
+from neuroweave.surgery.calibration.projections import activated_projections, factor_moves
 from neuroweave.surgery.calibration.ridge import RidgeSums
-from neuroweave.surgery.calibration.stream import LayerStream
+from neuroweave.surgery.calibration.stream import LayerStream, listening
 
 SIZES = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
 MODELS = {
@@ -269,6 +270,72 @@ def test_ordering_and_scaling_neurons_alone_is_exact_where_activations_agree(fam
         torch.testing.assert_close(given.run(slice(0, 3)), before, rtol=1e-5, atol=1e-5)
         assert (done.scaled, done.moved) == (0, 0)
         assert torch.equal(parts.mlp.gate.weight.sort(0).values, gates.sort(0).values)
+
+
+# ------------------------------------------------------------------------------------- projections with an activation
+
+
+def activated_pair(family: str, sites: list) -> tuple:
+    student, teacher = pair(family, None)
+    neuroweave.patch(student, {"sites": sites})
+    return student, teacher
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "neuroblast"])
+def test_values_get_both_scales(family, tmp_path):
+    """tanh(s v) / s is v for small s: where c can follow, little is left of the change."""
+    student, teacher = activated_pair(family, [{"site": "attention.v", "activation": "tanh"}])
+    held_out = token_windows(6, seed=9)
+    before = divergence(student, teacher, held_out)
+    options = CalibrationOptions(attention=False)
+    done = calibrate(student, teacher, token_windows(40), folder=tmp_path, options=options)
+    assert divergence(student, teacher, held_out) < 0.2 * before
+    assert sum(sum(layer.scaled_outputs.values()) for layer in done.layers) > 0
+
+
+def test_queries_and_keys_behind_a_norm_get_any_length(tmp_path):
+    student, teacher = activated_pair("gemma3", [{"site": ["attention.q", "attention.k"], "activation": "tanh"}])
+    held_out = token_windows(6, seed=9)
+    before = divergence(student, teacher, held_out)
+    calibrate(student, teacher, token_windows(40), folder=tmp_path)
+    assert divergence(student, teacher, held_out) < 0.1 * before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("site", "reads"), [("attention.v", True), ("mlp.up", True), ("attention.q", False)])
+def test_a_factor_moves_only_to_what_reads_it_feature_by_feature(site, reads, tmp_path):
+    student, _ = activated_pair("llama", [{"site": site, "activation": "tanh"}])
+    with LayerStream(student, token_windows(3), folder=tmp_path) as given:
+        [found] = activated_projections(given)
+        assert (found.reader is not None) is reads
+        if reads:  # as the model itself reads it: with the activation bypassed, c moves from rows to columns
+            module, read = found.reader
+            before = given.run(slice(0, 3))
+            assert factor_moves(given, found)
+            assert torch.equal(given.run(slice(0, 3)), before)
+            wrong = replace(found, reader=(module, read.flip(0)))
+            assert not factor_moves(given, wrong)
+
+
+def test_an_activated_projection_is_not_solved_as_a_plain_one(tmp_path):
+    student, teacher = activated_pair("llama", [{"site": ["attention.o", "mlp.down"], "activation": "silu_tanh"}])
+    done = calibrate(student, teacher, token_windows(40), folder=tmp_path)
+    assert all(layer.solved == [] for layer in done.layers)
+    assert all("no plain matrix" in layer.left_out for layer in done.layers)
+
+
+def test_finished_layers_lie_in_the_weights_folder(tmp_path):
+    (tmp_path / "weights").mkdir()
+    students = []
+    for weights in (None, tmp_path / "weights"):
+        student, teacher = pair("llama", "silu_tanh")
+        student.bfloat16()
+        calibrate(student, teacher, token_windows(20), folder=tmp_path, weights=weights)
+        students.append(student)
+    for ours, theirs in zip(*(student.parameters() for student in students), strict=True):
+        assert torch.equal(ours, theirs)
+    held = sum(parameter.nbytes for layer in students[1].model.layers for parameter in layer.parameters())
+    assert sum(file.stat().st_size for file in (tmp_path / "weights").iterdir()) == held
 
 
 # ------------------------------------------------------------------------------------------------------------ whole

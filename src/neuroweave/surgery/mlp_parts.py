@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from neuroweave.surgery.apply import ActivatedProjection
 from neuroweave.surgery.sites import FUSED_GATE_UP, layer_places, mlp_roles, projections
 
 
@@ -86,8 +87,7 @@ def find_mlp(model: PreTrainedModel, layer: nn.Module) -> MlpParts:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether it holds one plain matrix, outputs by inputs."""
+    """Whether it applies one plain matrix, outputs by inputs, and nothing else."""
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2 and not hasattr(module, "nf")
-    )
+    plain = isinstance(module, nn.Module) and not isinstance(module, ActivatedProjection) and not hasattr(module, "nf")
+    return plain and isinstance(weight, Tensor) and weight.ndim == 2

@@ -9,8 +9,7 @@ so an error made earlier is corrected later. Letters: B windows, T tokens, C hid
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from transformers import PreTrainedModel
 from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture
 from neuroweave.surgery.calibration.landing import Landing, find_landing
 from neuroweave.surgery.calibration.neurons import Function, assign, match
+from neuroweave.surgery.calibration.projections import scale_projections
 from neuroweave.surgery.calibration.ridge import RidgeSums
-from neuroweave.surgery.calibration.stream import LayerStream
+from neuroweave.surgery.calibration.stream import LayerStream, listening, silenced
 from neuroweave.surgery.mlp_parts import MlpParts, find_mlp, is_linear
 from neuroweave.surgery.sites import layer_places
 
@@ -34,8 +34,9 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """`ridge`: pull towards the present weights, relative to the Gram matrix's mean diagonal. `match`: scale neurons;
-    `order`: choose which neurons run which segment; `attention`: solve the attention's output projection as well."""
+    """`ridge`: pull towards the present weights, relative to the Gram matrix's mean diagonal. `match`: scale neurons,
+    and the outputs of projections that got an activation; `order`: choose which neurons run which segment; `attention`:
+    solve the attention's output projection as well."""
 
     ridge: float = RIDGE
     match: bool = True
@@ -51,13 +52,14 @@ class CalibrationOptions:
 class CalibratedLayer:
     """What happened in one layer. Errors are |patched - teacher|^2 / |teacher's change in this layer|^2 of the stream
     behind it, before and after, on the first `SAMPLE` tokens; `scaled`: neurons whose scales are not 1; `moved`:
-    neurons in another segment."""
+    neurons in another segment; `scaled_outputs`: the same of projections with an activation, by name."""
 
     layer: int
     error_before: float = 0.0
     error_after: float = 0.0
     scaled: int = 0
     moved: int = 0
+    scaled_outputs: dict[str, int] = field(default_factory=dict)
     solved: list[str] = field(default_factory=list)
     left_out: str = ""
 
@@ -79,12 +81,15 @@ def calibrate(
     *,
     folder: Path,
     options: CalibrationOptions | None = None,
+    weights: Path | None = None,
     batch: int = 4,
     progress: Progress | None = None,
 ) -> Calibration:
     """Change the weights of `student`, in place, so that it comes closer to `teacher` on the windows of token ids.
 
     Both have the same layers. `folder`: where hidden states lie meanwhile (at most 16 bytes x tokens x hidden size).
+    `weights`: a folder for the student's finished layers, mapped from there from then on: it must outlive the student,
+    and memory holds one layer at a time.
     Raises ValueError for models of different shapes and for windows that are too few.
     """
     options = options or CalibrationOptions()
@@ -97,7 +102,7 @@ def calibrate(
         for number in range(len(given.layers)):
             if progress is not None:
                 progress(number, len(given.layers), given.paths[number])
-            layers.append(calibrate_layer(given, wanted, options))
+            layers.append(calibrate_layer(given, wanted, options, weights=weights))
     if progress is not None:
         progress(len(layers), len(layers), "")
     return Calibration(layers, windows_NT.numel(), options)
@@ -118,7 +123,9 @@ def check_alike(student: PreTrainedModel, teacher: PreTrainedModel, given: Layer
 # ------------------------------------------------------------------------------------------------------- one layer
 
 
-def calibrate_layer(given: LayerStream, wanted: LayerStream, options: CalibrationOptions) -> CalibratedLayer:
+def calibrate_layer(
+    given: LayerStream, wanted: LayerStream, options: CalibrationOptions, *, weights: Path | None = None
+) -> CalibratedLayer:
     """Calibrate the present layer of the student; both streams go on to the next one."""
     done = CalibratedLayer(given.at)
     parts, teacher_parts = find_parts(given), find_parts(wanted)
@@ -134,6 +141,8 @@ def calibrate_layer(given: LayerStream, wanted: LayerStream, options: Calibratio
         if rows in sample:
             change += squares(targets[rows.start] - wanted.entered)
     before = sum(squares(given.run(rows) - targets[rows.start]) for rows in sample)
+    if options.match:
+        done.scaled_outputs = scale_projections(given, sample=SAMPLE)
     if parts.mlp is not None and teacher_parts.mlp is not None and (options.match or options.order):
         match_neurons(given, parts.mlp, teacher_parts.mlp, options, done)
     if options.attention and parts.attention is not None and parts.middle is not None and middles:
@@ -144,7 +153,7 @@ def calibrate_layer(given: LayerStream, wanted: LayerStream, options: Calibratio
         done.solved.append("mlp.down")
     else:
         done.left_out = parts.reason
-    store_weights(given)
+    store_weights(given, weights)
     given.advance()
     wanted.advance(lambda rows: targets[rows.start])
     after = sum(squares(given.stored(rows) - targets[rows.start]) for rows in sample)
@@ -156,14 +165,18 @@ def squares(x: Tensor) -> float:
     return float(x.pow(2).sum())
 
 
-def store_weights(stream: LayerStream) -> None:
-    """Write the working copy's weights into the model's own layer, in its dtype."""
+@torch.no_grad()
+def store_weights(stream: LayerStream, folder: Path | None) -> None:
+    """Write the working copy's weights into the model's own layer, in its dtype; with `folder`, into a file there that
+    is mapped in place of the layer's memory, so that a finished layer takes none."""
     original, working = stream.layers[stream.at], stream.layer
-    if original is working:
-        return
-    with torch.no_grad():
-        for name, parameter in working.named_parameters():
-            original.get_parameter(name).copy_(parameter)
+    for number, (name, parameter) in enumerate(working.named_parameters()):
+        own, solved = original.get_parameter(name), parameter.data
+        if folder is not None:
+            path = str(folder / f"{stream.at}-{number}")
+            own.data = torch.from_file(path, shared=True, size=own.numel(), dtype=own.dtype).view(own.shape)
+        if own.data is not solved:
+            own.copy_(solved)
 
 
 # ------------------------------------------------------------------------------------------------------- its parts
@@ -226,32 +239,6 @@ def try_landings(stream: LayerStream, parts: Parts, mlp: MlpParts) -> None:
         parts.attention_landing = find_landing(y, at, silent[parts.middle][0], passed)
     except ValueError:
         parts.attention = None
-
-
-@contextmanager
-def listening(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """(input, output) of each module in the passes within the block, the last one's."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def keep(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
-        given: Any = inputs[0] if inputs else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-        seen[module] = (given, output[0] if isinstance(output, tuple) else output)
-
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def silenced(module: nn.Module) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # ------------------------------------------------------------------------------------------------- solving, matching

@@ -19,12 +19,12 @@ ROUNDING = 1e-6  # of float32 sums: a scale is not taken for less
 
 
 def match(
-    old: Function, new: Function, gate_TM: Float[Tensor, "T M"], up_TM: Float[Tensor, "T M"]
+    old: Function, new: Function, gate_TM: Float[Tensor, "T M"], up_TM: Float[Tensor, "T M"], *, free: bool = True
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, " M"]]:
     """(s, c, error): for each neuron the scales with the least sum over tokens of (up * (old(g) - c * new(s g)))^2.
 
     `up_TM`: what the activation is multiplied with (ones in an MLP without gate). s is one of `SCALES`; c follows in
-    closed form, kept between `LEAST_C` and `MOST_C`.
+    closed form, kept between `LEAST_C` and `MOST_C`; unless `free` it is 1.
     """
     wanted = old(gate_TM) * up_TM
     whole = wanted.pow(2).sum(0)
@@ -34,7 +34,7 @@ def match(
     for s in SCALES:
         found = new(s * gate_TM) * up_TM
         own, cross = found.pow(2).sum(0), (found * wanted).sum(0)
-        c = (cross / own.clamp(min=1e-30)).clamp(LEAST_C, MOST_C)
+        c = (cross / own.clamp(min=1e-30)).clamp(LEAST_C, MOST_C) if free else torch.ones_like(own)
         error = whole - 2 * c * cross + c.pow(2) * own
         better = error < best_error - ROUNDING * whole
         best_s[better], best_c[better], best_error[better] = s, c[better], error[better]

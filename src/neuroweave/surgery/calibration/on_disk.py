@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,12 +63,21 @@ def calibrate_checkpoint(
         # hidden states of two models, before and behind a layer, and then the weights
         hidden = reference.config.get_text_config(decoder=True).hidden_size
         weights = sum(parameter.nbytes for parameter in student.parameters())
-        check_free_space(folder, max(16 * windows_NT.numel() * hidden, weights))
-        done = calibrate(student, reference, windows_NT, folder=folder, options=options, progress=progress)
-        for name, parameter in student.named_parameters():
-            parameter.data = parameter.data.to(stored[name])
-        record(student, teacher, done, windows_NT)
-        save_like(student, patched, folder)
+        check_free_space(folder, weights + max(16 * windows_NT.numel() * hidden, weights))
+        with tempfile.TemporaryDirectory(prefix="weights-", dir=folder, ignore_cleanup_errors=True) as finished:
+            done = calibrate(
+                student,
+                reference,
+                windows_NT,
+                folder=folder,
+                weights=Path(finished),
+                options=options,
+                progress=progress,
+            )
+            for name, parameter in student.named_parameters():
+                parameter.data = parameter.data.to(stored[name])
+            record(student, teacher, done, windows_NT)
+            save_like(student, patched, folder)
     return done
 
 

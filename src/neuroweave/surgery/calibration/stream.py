@@ -136,3 +136,39 @@ class LayerStream:
         finally:
             for layer in self.layers[: self.at + 1]:
                 del layer.__dict__["forward"]
+
+
+@contextmanager
+def listening(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """(input, output) of each module in the passes within the block, the last one's."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+        given: Any = inputs[0] if inputs else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        seen[module] = (given, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def bypassed(module: nn.Module) -> Iterator[None]:
+    """The module hands on what it gets."""
+    handle = module.register_forward_hook(lambda _, given, __: given[0])
+    try:
+        yield
+    finally:
+        handle.remove()
