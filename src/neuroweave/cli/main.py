@@ -31,6 +31,9 @@ COMMANDS = {
     "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),
     "harden": ("harden", "Turn learned mixtures into segments: a plain recipe."),
     "calibrate": ("calibrate", "Bring a patched model back in closed form: minutes on a CPU."),
+    "heal": ("heal", "Bring a patched model back by distillation: LoRA, MLPs, mixtures or all of it."),
+    "train": ("train", "Train NeuroBLAST or any model as a YAML file says; resumes with the next sample."),
+    "tokenizer": ("tokenizer", "Train a tokenizer in every format, or add tokens to a model."),
     "sensitivity": ("sensitivity", "Change one layer at a time; rank the layers."),
 }
 

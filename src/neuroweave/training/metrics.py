@@ -90,9 +90,9 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         for name, value in entry.items()
         if isinstance(value, int | float | str)
     }
-    plain = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in plain.items()}
+    written = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in plain.items()}
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(plain) + "\n")
+        file.write(json.dumps(written) + "\n")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

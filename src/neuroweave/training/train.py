@@ -1,0 +1,406 @@
+"""Train a model as a configuration says: tokenise, check, run, and write the model as an ordinary checkpoint.
+
+    RUN/run.json  RUN/data/  RUN/checkpoint-N/  RUN/metrics.jsonl  RUN/model/
+
+The same command goes on from the newest complete checkpoint. Started by `torchrun` or `accelerate launch`, every
+process runs this code; the first one prepares the data and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainingArguments
+
+from neuroweave import __version__
+from neuroweave.checkpoint.staging import check_free_space, staged_folder
+from neuroweave.training.configuration import TrainConfiguration
+from neuroweave.training.metrics import METRICS_FILE, MetricsFile, check_trackers, read_metrics
+from neuroweave.training.model_to_train import (
+    build_model,
+    check_packing,
+    choose_precision,
+    embedding_rows,
+    load_training_tokenizer,
+)
+from neuroweave.training.packing import PackedRows
+from neuroweave.training.safe_checkpoints import checkpoint_folders, last_sealed
+from neuroweave.training.separate_rows import SeparateRows
+from neuroweave.training.stream_dataset import StreamDataset
+from neuroweave.training.token_store import TokenStore, build_store
+from neuroweave.training.torch_loop import GuardedTrainer, RowDataset
+
+RUN_FILE, MODEL_FOLDER, RECORD_FILE = "run.json", "model", "training.json"
+SCHEDULES = {"wsd": "warmup_stable_decay", "cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a run will do.
+
+    `rows`: of an epoch, `epochs`: passes over them, both None for a stream. `tokens`: of all steps. `state_bytes`: of
+    weights, gradients and optimizer. `checkpoint_bytes`: of one checkpoint.
+    """
+
+    parameters: int
+    rows: int | None
+    held_out_rows: int
+    steps: int
+    epochs: float | None
+    tokens: int
+    accumulation: int
+    processes: int
+    precision: str
+    device: str
+    state_bytes: int
+    checkpoint_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. Losses are nats per token: of the last line of the training, and of the held-out documents."""
+
+    folder: str
+    model: str
+    plan: TrainPlan
+    loss: float | None
+    held_out_loss: float | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Prepared:
+    """Everything that a run needs, checked."""
+
+    configuration: TrainConfiguration
+    model: PreTrainedModel
+    tokenizer: Any
+    rows: Any
+    held_out: Any
+    plan: TrainPlan
+    arguments: TrainingArguments
+
+
+def train(
+    configuration: TrainConfiguration,
+    *,
+    resume: bool | None = None,
+    report: Say | None = None,
+    note: Say | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TrainResult:
+    """Run it to the end. `resume`: True needs a checkpoint, False starts anew and removes those of an earlier run of
+    this configuration's folder, None goes on where there is one. `report`: a line per entry of the metrics. `note`:
+    what a person should know. `progress`: bytes done and in all, of the tokenising.
+
+    Raises ValueError for what does not fit, NotFiniteError, and KeyboardInterrupt after Ctrl-C, when a checkpoint is
+    saved.
+    """
+    began = time.perf_counter()
+    main = is_main_process()
+    check_run_folder(configuration, resume=resume, main=main)
+    prepared = prepare(configuration, note=note if main else None, progress=progress if main else None)
+    if main:
+        write_run_file(configuration)
+    plan = prepared.plan
+    run = Path(configuration.output.folder)
+    trainer = GuardedTrainer(
+        prepared.model,
+        prepared.arguments,
+        prepared.rows,
+        prepared.held_out,
+        callbacks=[MetricsFile(plan.tokens // plan.steps, report=report if main else None)],
+        tokenizer=prepared.tokenizer,
+        keep=configuration.output.keep,
+        note=note if main else None,
+    )
+    trainer.train(resume_from_checkpoint=True if resume is not False else None)
+    losses = read_metrics(run / METRICS_FILE) if main else []
+    last = {name: value for entry in losses for name, value in entry.items()}
+    result = TrainResult(
+        str(run), str(run / MODEL_FOLDER), plan, last.get("loss"), last.get("eval_loss"), time.perf_counter() - began
+    )
+    write_model(trainer, prepared, result)
+    return result
+
+
+def prepare(
+    configuration: TrainConfiguration, *, note: Say | None = None, progress: Callable[[int, int], None] | None = None
+) -> Prepared:
+    """Tokenise what is not tokenised yet, build the model, and check that everything fits."""
+    training, data = configuration.training, configuration.data
+    check_trackers(configuration.metrics.report_to)
+    device, processes = start_processes()
+    precision = choose_precision(training.precision, device)
+    accumulation = training.accumulation(processes)
+    tokenizer = load_training_tokenizer(configuration)
+    model = build_model(configuration, tokenizer)
+    if data.packing and is_main_process():  # the others may have no weights yet: accelerate sends them
+        check_packing(model, rows=training.micro_batch_size)
+    opened = open_stream if data.streaming else open_store
+    rows, held_out, epoch_rows = opened(configuration, tokenizer, model, progress)
+    steps = training.steps or math.ceil(float(training.epochs or 0) * (epoch_rows or 0) / training.batch_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    plan = TrainPlan(
+        parameters=parameters,
+        rows=epoch_rows,
+        held_out_rows=0 if held_out is None else len(held_out),
+        steps=steps,
+        epochs=steps * training.batch_size / epoch_rows if epoch_rows else None,
+        tokens=steps * training.batch_size * data.sequence_length,
+        accumulation=accumulation,
+        processes=processes,
+        precision=str(precision).removeprefix("torch."),
+        device=device,
+        state_bytes=16 * parameters,  # float32: weight, gradient, two moments
+        checkpoint_bytes=12 * parameters,
+    )
+    training.decay(steps)
+    check_free_space(configuration.output.folder, (configuration.output.keep + 1) * plan.checkpoint_bytes)
+    arguments = training_arguments(configuration, plan, precision, evaluates=held_out is not None)
+    if held_out is None and note is not None:
+        note("no document is held out (data.held_out, or too little text): the run is not evaluated")
+    count = steps * training.batch_size
+    dataset = (
+        StreamDataset(rows, count, process=PartialState().process_index) if data.streaming else RowDataset(rows, count)
+    )
+    return Prepared(configuration, model, tokenizer, dataset, held_out, plan, arguments)
+
+
+def start_processes() -> tuple[str, int]:
+    """(device type, number of processes); joins the group of processes when a launcher has started several."""
+    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    state = PartialState(cpu=on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+    return state.device.type, state.num_processes
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def open_store(
+    configuration: TrainConfiguration,
+    tokenizer: Any,
+    model: PreTrainedModel,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Any, RowDataset | None, int | None]:
+    """(rows of the run, held-out rows or None, rows of an epoch). The first process tokenises, the others wait."""
+    data, seed = configuration.data, configuration.training.seed
+    folder = Path(data.store or Path(configuration.output.folder) / "data")
+    with PartialState().main_process_first():
+        store = build_store(
+            folder,
+            data.sources,
+            tokenizer,
+            end_of_document=data.end_of_document,
+            held_out=data.held_out,
+            progress=progress,
+        )
+    store.check_vocabulary(embedding_rows(model))
+    length = data.sequence_length
+    weights = [source.weight for source in data.sources]
+    if not data.packing and any(weight != 1 for weight in weights):
+        raise ValueError("data.sources: weights need data.packing: true")
+    rows: Any
+    if data.packing:
+        rows = PackedRows(store, length, seed=seed, weights=weights)
+    else:
+        rows = SeparateRows(store, length, seed=seed, pad_token=tokenizer.pad_token_id or 0)
+    held_out = held_out_rows(store.held_out, configuration, tokenizer.pad_token_id or 0)
+    return rows, held_out, len(rows)
+
+
+def open_stream(
+    configuration: TrainConfiguration, tokenizer: Any, model: PreTrainedModel, progress: Any
+) -> tuple[Any, RowDataset | None, None]:
+    """As `open_store`, without a store: documents are read and tokenised while the run goes on."""
+    from neuroweave.training.streaming import StreamedRows
+
+    data, training, state = configuration.data, configuration.training, PartialState()
+    if not data.packing or training.steps is None or training.workers:
+        raise ValueError("data.streaming needs data.packing: true, training.steps (not epochs) and training.workers: 0")
+
+    def stream(**options: Any) -> StreamedRows:
+        return StreamedRows(
+            data.sources,
+            tokenizer,
+            data.sequence_length,
+            held_out=data.held_out,
+            end_of_document=data.end_of_document,
+            **options,
+        )
+
+    rows = stream(seed=training.seed, process_index=state.process_index, process_count=state.num_processes)
+    if not data.held_out:
+        return rows, None, None
+    aside = stream(part="held_out", repeat=False)
+    kept = list(itertools.islice(aside, configuration.metrics.held_out_rows))
+    aside.close()
+    return rows, RowDataset(ListedRows(kept), len(kept)) if kept else None, None
+
+
+@dataclass(frozen=True)
+class ListedRows:
+    """Rows that are in memory."""
+
+    rows: list[dict[str, Any]]
+
+    def row(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def held_out_rows(store: TokenStore | None, configuration: TrainConfiguration, pad_token: int) -> RowDataset | None:
+    """The rows of the held-out documents, in order; None where there are none."""
+    if store is None or store.tokens < 2:
+        return None
+    data = configuration.data
+    kind: Any = PackedRows if data.packing else SeparateRows
+    rows = kind(store, data.sequence_length, pad_token=pad_token)
+    return RowDataset(rows, min(len(rows), configuration.metrics.held_out_rows))
+
+
+def training_arguments(
+    configuration: TrainConfiguration, plan: TrainPlan, precision: torch.dtype, *, evaluates: bool
+) -> TrainingArguments:
+    """The configuration in the words of transformers' Trainer."""
+    training, metrics, output = configuration.training, configuration.metrics, configuration.output
+    if training.tf32 and plan.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    schedule: dict[str, Any] = {"num_decay_steps": training.decay(plan.steps), "decay_type": training.decay_shape}
+    schedule["min_lr_ratio"] = training.final_learning_rate
+    run = Path(output.folder)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")  # the Trainer's callback has no other way to hear
+    options: dict[str, Any] = {checkpointing_field(): training.gradient_checkpointing}
+    return TrainingArguments(
+        output_dir=str(run),
+        max_steps=plan.steps,
+        per_device_train_batch_size=training.micro_batch_size,
+        per_device_eval_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        lr_scheduler_kwargs=schedule if training.schedule == "wsd" else {},
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        max_grad_norm=training.clip,
+        bf16=precision == torch.bfloat16,
+        use_cpu=plan.device == "cpu",
+        torch_compile=training.compile,
+        seed=training.seed,
+        dataloader_num_workers=training.workers,
+        dataloader_prefetch_factor=4 if training.workers else None,
+        dataloader_pin_memory=plan.device == "cuda",
+        ddp_find_unused_parameters=False,
+        logging_steps=metrics.log_every,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=metrics.evaluate_every or output.save_every,
+        save_strategy="steps",
+        save_steps=output.save_every,
+        report_to=metrics.report_to,
+        run_name=run.name,
+        **options,
+    )
+
+
+def checkpointing_field() -> str:
+    """transformers 5.23 calls it activation checkpointing."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
+# ------------------------------------------------------------------------------------------------- the run's folder
+
+
+def check_run_folder(configuration: TrainConfiguration, *, resume: bool | None, main: bool) -> None:
+    """Refuse a folder that is not a run's, or a run of another configuration. With `resume` False, clear it."""
+    run = Path(configuration.output.folder)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run}: output.folder is a file; give a folder")
+    if resume and last_sealed(run) is None:
+        raise ValueError(f"{run}: there is no complete checkpoint to resume; leave out --resume")
+    if not (run / RUN_FILE).is_file():
+        strange = sorted(path.name for path in run.iterdir()) if run.is_dir() else []
+        strange = [name for name in strange if name != "data" and not name.startswith(".")]
+        if strange:
+            raise ValueError(f"{run}: holds {strange[0]}, but no run; choose another output.folder")
+        return
+    if resume is False:
+        if main:
+            clear_run(run)
+        return
+    if checkpoint_folders(run):
+        check_same_run(configuration, run)
+
+
+def check_same_run(configuration: TrainConfiguration, run: Path) -> None:
+    """Raise ValueError when the run was begun with other settings, naming them."""
+    began = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["configuration"]
+    now = configuration.what_shapes_the_run()
+    other = [name for name in sorted({*began, *now}) if began.get(name) != now.get(name)]
+    if other:
+        changes = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in other[:3])
+        raise ValueError(
+            f"{run}: was begun with other settings ({changes}); --fresh starts anew, or choose another folder"
+        )
+
+
+def clear_run(run: Path) -> None:
+    for _, folder in checkpoint_folders(run):
+        (folder / "complete.json").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    for name in (METRICS_FILE, RUN_FILE):
+        (run / name).unlink(missing_ok=True)
+
+
+def write_run_file(configuration: TrainConfiguration) -> None:
+    run = Path(configuration.output.folder)
+    run.mkdir(parents=True, exist_ok=True)
+    content = {"neuroweave": __version__, "configuration": configuration.what_shapes_the_run()}
+    draft = run / f".{RUN_FILE}.partial"
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, run / RUN_FILE)
+
+
+def write_model(trainer: GuardedTrainer, prepared: Prepared, result: TrainResult) -> None:
+    """The trained model in RUN/model, whole or not at all, with its tokenizer and `training.json`."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    for tied in model.all_tied_weights_keys if state else ():
+        state.pop(tied, None)  # one tensor, which is stored once
+    if trainer.args.process_index == 0:
+        record = {
+            "neuroweave": __version__,
+            "configuration": prepared.configuration.model_dump(mode="json"),
+            "plan": result.plan.as_dict(),
+            "loss": result.loss,
+            "held_out_loss": result.held_out_loss,
+        }
+        with staged_folder(result.model, overwrite=True) as folder, trainer.configuration_as_given():
+            model.save_pretrained(folder, state_dict=state)
+            prepared.tokenizer.save_pretrained(folder)
+            (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
