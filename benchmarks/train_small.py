@@ -50,7 +50,7 @@ def configuration(folder: Path, steps: int) -> Any:
                 "steps": steps, "batch_size": BATCH, "micro_batch_size": BATCH, "learning_rate": 3e-3,
                 "warmup_steps": steps // 20, "decay_steps": steps // 3, "weight_decay": 0.1, "adam_beta2": 0.95,
             },
-            "metrics": {"log_every": 10, "evaluate_every": max(1, steps // 15)},
+            "metrics": {"log_every": 10, "evaluate_every": max(5, steps // 15)},
             "output": {"folder": str(folder / "run"), "save_every": max(1, steps // 3)},
         }
     )  # fmt: skip
@@ -82,7 +82,7 @@ class NGrams:
             before.append(ids[:-1][predicted])
             after.append(ids[1:][predicted])
         one, other = np.concatenate(before), np.concatenate(after)
-        assert np.allclose(self.bigram.sum(1), 1) and np.isclose(self.unigram.sum(), 1)
+        assert np.allclose(self.bigram.sum(1), 1)
         return {
             "unigram": float(-np.log(self.unigram[other]).mean()),
             "bigram": float(-np.log(self.bigram[one, other]).mean()),

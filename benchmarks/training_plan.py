@@ -128,6 +128,7 @@ def table() -> str:
         depth = sum(shape.layers.values())
         boundary = 4 * shape.config.hidden_size * depth  # float32 residual stream between layers
         row, recomputed = shape.length * (layers + head) / 1e9, shape.length * (boundary + layers / depth + head) / 1e9
+        million = f"{total / 1e6:,.1f} M"
         lines += [
             f"### {shape.name}, rows of {shape.length:,} tokens",
             "",
@@ -137,8 +138,8 @@ def table() -> str:
             f"| FLOPs of a token | 6 x {multiplied / 1e6:,.1f} M + 12 x {shape.length / 2:,.0f} x "
             f"{int(of_attention / 12 / (shape.length / 2) / attention_layers(shape.config)):,} x "
             f"{attention_layers(shape.config)} layers | {flops:.3g} |",
-            f"| weights, gradients, Adam | {STATE_BYTES} B x {total / 1e6:,.1f} M | {STATE_BYTES * total / 1e9:,.1f} GB |",
-            f"| copies in bfloat16 (unsharded) | {CAST_BYTES} B x {total / 1e6:,.1f} M | {CAST_BYTES * total / 1e9:,.1f} GB |",
+            f"| weights, gradients, Adam | {STATE_BYTES} B x {million} | {STATE_BYTES * total / 1e9:,.1f} GB |",
+            f"| copies in bfloat16 (unsharded) | {CAST_BYTES} B x {million} | {CAST_BYTES * total / 1e9:,.1f} GB |",
             f"| activations of a row | {shape.length:,} x ({layers / 1e3:,.0f} kB layers + {head / 1e3:,.0f} kB head), "
             f"counted; head: {LOSS_BYTES} B x {shape.config.vocab_size:,} | {row:,.1f} GB |",
             f"| the same, gradient checkpointing | {shape.length:,} x ({boundary / 1e3:,.0f} kB + one layer "

@@ -158,13 +158,13 @@ def test_normalised_text_can_spell_a_token(made):
 
 
 def test_a_symbol_wins_over_what_runs_over_its_edge(tmp_path):
-    """Text in which `q<` and `s>` are frequent and `q` is not: pieces that are worth more than `q` and `<s>`."""
-    text = " ".join(f"w{chr(97 + at % 26)}{chr(97 + at // 26 % 26)} q< s>q" for at in range(3_000))
-    (tmp_path / "text.txt").write_text(text)
-    made = train_tokenizer(tmp_path / "out", [Source(path=str(tmp_path))], vocab_size=420, model="unigram")
+    """Text in which `=<`, `s` and `>` are frequent and `=` is not: together they are worth more than `=` and `<s>`."""
+    words = (f"w{chr(97 + at % 26)}{chr(97 + at // 26 % 26)}> s =<" for at in range(3_000))
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    made = train_tokenizer(tmp_path / "out", [Source(path=str(tmp_path))], vocab_size=380, model="unigram")
     slow, fast = both(made)
-    assert {f"{SPACE}q<", "s>q"} & {slow.id_to_piece(at) for at in range(420)}
-    for sample in (" q<s>q", "q<s>", "<s>q", " q<s>q<s>q"):
+    assert [piece for piece in map(slow.id_to_piece, range(380)) if piece.endswith("=<")]
+    for sample in (" =<s>", "=<s>", "<s>=<", " =<s> =<s> s>"):
         assert slow.encode(sample).count(1) == sample.count("<s>"), slow.encode(sample, out_type=str)
         assert fast(sample)["input_ids"] == slow.encode(sample)
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The ends of the names of files that hold weights, in any form, and of their indices.
+WEIGHT_FORMS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".safetensors")
+WEIGHT_FILES = (*WEIGHT_FORMS, ".index.json")
 SKIPPED_FOLDERS = (".git", ".cache")  # version control and the hub's download notes: not part of a checkpoint
 _MAX_NAME_BYTES = 255
 

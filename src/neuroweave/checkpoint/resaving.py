@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neuroweave.checkpoint.reader import WEIGHT_FILES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def load_stored(folder: Path) -> PreTrainedModel:
@@ -27,7 +27,7 @@ def save_like(model: PreTrainedModel, source: Path, folder: Path, *, leave: tupl
     model.save_pretrained(folder)
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
-        if not file.is_file() or file.name.endswith(WEIGHT_ENDINGS) or str(name) in leave:
+        if not file.is_file() or file.name.endswith(WEIGHT_FILES) or str(name) in leave:
             continue
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

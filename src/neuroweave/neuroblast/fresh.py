@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAD_TOKEN = "<|pad|>"
+OTHER_FORMS = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 DERIVED = ("num_hidden_layers", "layer_types")
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -70,9 +72,18 @@ def write_fresh_model(
         model.save_pretrained(folder)
         if words is not None:
             words.save_pretrained(folder)
+            if not added_pad:  # other forms of the same tokenizer
+                copy_other_forms(Path(str(tokenizer)), folder)
     embedding = model.get_input_embeddings().weight.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     return FreshModel(str(out), preset, total, embedding, config.vocab_size, added_pad)
+
+
+def copy_other_forms(source: Path, folder: Path) -> None:
+    """A tokenizer's files in forms that transformers does not write, from a local folder that has them."""
+    for name in OTHER_FORMS:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:

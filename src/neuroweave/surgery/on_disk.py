@@ -20,7 +20,7 @@ from neuroweave.checkpoint.copying import link_or_copy
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.loading import check_source
 from neuroweave.checkpoint.manifest import fingerprints
-from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint
+from neuroweave.checkpoint.reader import INDEX_FILE, WEIGHT_FILES, Checkpoint
 from neuroweave.checkpoint.sealed import KEY, MODELING_FILE, seal
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.checkpoint.writer import Shard, ShardWriter, dtype_code, write_index
@@ -29,9 +29,6 @@ from neuroweave.surgery.apply import apply_plan
 from neuroweave.surgery.modeling import modeling_source
 from neuroweave.surgery.patching import RecipeLike, as_recipe, entry_for, refuse_unpatchable
 from neuroweave.surgery.plan import Resolution, resolve
-
-# Other forms of the same weights: in a patched folder they would be the unpatched model under a patched name.
-OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".safetensors", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def place_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     for name in checkpoint.other_files:
         if name in ("config.json", MODELING_FILE):
             continue
-        if name.endswith(OTHER_WEIGHTS):
+        if name.endswith(WEIGHT_FILES):  # they would be the unpatched model under a patched name
             left_out.append(name)
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

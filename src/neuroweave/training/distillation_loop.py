@@ -31,6 +31,7 @@ from neuroweave.training.teacher_logits import TeacherLogits
 from neuroweave.training.torch_loop import GuardedTrainer
 
 KL = "eval_kl"
+KEPT_BYTES = 1 << 30  # of the teacher's last states, for each of training and held-out text
 Head = Callable[[Tensor], Tensor]
 FindHead = Callable[[nn.Module, Any], Head | None]
 
@@ -151,6 +152,7 @@ class HealingTrainer(GuardedTrainer):
         super().__init__(*arguments, callbacks=[Schedule(self), *callbacks], **settings)
         self.student, self.teacher, self.objective, self.cached = student, teacher, objective, cached
         self.blend, self.blend_steps, self.patience = blend, blend_steps, patience
+        self.training_states: dict[int, Tensor] = {}  # by row: text comes again in the next epoch
         self.held_out_states: dict[int, Tensor] = {}
 
     # -------------------------------------------------------------------------------------------------- training
@@ -187,7 +189,10 @@ class HealingTrainer(GuardedTrainer):
             found = [each.to(at_BT.device)[at_BT] for each in self.cached.at(inputs["row"].tolist())]
             return lambda ours, part: topk_kl(ours, *(x[part] for x in found), temperature=temperature), ()
         with torch.no_grad(), self.in_its_own_dtype():
-            states, layers = self.teacher.states(self.teacher.model, inputs["input_ids"], hidden=aim.hidden > 0)
+            if aim.hidden:
+                states, layers = self.teacher.states(self.teacher.model, inputs["input_ids"], hidden=True)
+            else:
+                states, layers = self.their_states(inputs, self.training_states), ()
             states_ND = states[at_BT]
 
         def kl(ours: Tensor, part: slice) -> Tensor:
@@ -215,7 +220,7 @@ class HealingTrainer(GuardedTrainer):
         at_BT = predictions(inputs["labels"])
         with self.in_its_own_dtype():
             ours_ND = self.student.states(model, inputs["input_ids"])[0][at_BT]
-            theirs_ND = self.their_states(inputs)[at_BT]
+            theirs_ND = self.their_states(inputs, self.held_out_states)[at_BT]
 
             def losses(ours: Tensor, part: slice) -> Tensor:
                 return full_kl(self.student.logits(ours), self.teacher.logits(theirs_ND[part]))
@@ -224,15 +229,16 @@ class HealingTrainer(GuardedTrainer):
             mean = chunked_mean(losses, ours_ND, rows=self.rows) if int(count) else torch.zeros(())
         return {"kl": mean.to(count.device) * count, "tokens": count}
 
-    def their_states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The teacher's last states of held-out rows [B, T, D]; kept after the first time where they are small."""
+    def their_states(self, inputs: dict[str, Tensor], kept: dict[int, Tensor]) -> Tensor:
+        """The teacher's last states of the rows [B, T, D], from `kept` where it has them; else they are put there, as
+        long as there is room (logits, of a teacher without a head of its own, are too large to keep)."""
         rows = inputs["row"].tolist()
-        if any(row not in self.held_out_states for row in rows):
-            states, _ = self.teacher.states(self.teacher.model, inputs["input_ids"])
-            if self.teacher.head is None:  # logits: too large to keep
-                return states
-            self.held_out_states |= dict(zip(rows, states.cpu(), strict=True))
-        return torch.stack([self.held_out_states[row] for row in rows]).to(self.args.device)
+        if all(row in kept for row in rows):
+            return torch.stack([kept[row] for row in rows]).to(self.args.device)
+        states, _ = self.teacher.states(self.teacher.model, inputs["input_ids"])
+        if self.teacher.head is not None and (len(kept) + len(rows)) * states[0].nbytes <= KEPT_BYTES:
+            kept |= dict(zip(rows, states.cpu(), strict=True))
+        return states
 
     def out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations were all no better than one before them."""

@@ -170,8 +170,6 @@ class Heal:
     ) -> None:
         self.patched, self.teacher, self.options, self.split, self.work = patched, teacher, options, split, work
         self.device, self.steps = device, steps
-        with Checkpoint(patched, allow_orphans=True) as checkpoint:
-            check_free_space(work.folder, 8 * checkpoint.parameters * 4)  # two checkpoints, and the weights
         self.student = AutoModelForCausalLM.from_pretrained(patched, dtype="auto").eval()
         self.dtypes = {name: parameter.dtype for name, parameter in self.student.named_parameters()}
         self.student.float().to(device)
@@ -187,6 +185,9 @@ class Heal:
         mixing = blend(self.student, self.reference) if options.blend and blend is not None else None
         torch.manual_seed(options.seed)  # adapters begin at random
         chosen = select(self.student, options.train, lora_rank=options.lora_rank)
+        weights = 4 * self.student.num_parameters()
+        checkpoint = 8 * chosen.count + (4 * chosen.count if options.train == "lora" else weights)
+        check_free_space(self.work.folder, 3 * checkpoint + weights)  # best, last and next one, and the output
         windows = Windows(self.split.training, seed=options.seed)
         rows = self.steps * options.batch * options.accumulate
         trainer = HealingTrainer(

@@ -22,7 +22,7 @@ from neuroweave.checkpoint.copying import link_or_copy
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.loading import check_source, load_tokenizer
 from neuroweave.checkpoint.manifest import MANIFEST_FILE
-from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint, numpy_dtype, read_config
+from neuroweave.checkpoint.reader import INDEX_FILE, WEIGHT_FILES, Checkpoint, numpy_dtype, read_config
 from neuroweave.checkpoint.sealed import KEY, unseal
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.checkpoint.writer import Shard, ShardWriter, write_index
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 START = ("mean", "pieces")
 _BLOCK_BYTES = 1 << 24
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".safetensors", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ def _copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Copy what is neither weights nor config; returns what would be wrong beside the new weights and stays behind."""
     left_out = []
     for name in checkpoint.other_files:
-        if name.endswith(_OTHER_WEIGHTS) or name == MANIFEST_FILE:
+        if name.endswith(WEIGHT_FILES) or name == MANIFEST_FILE:
             left_out.append(name)
         elif name != "config.json":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from neuroweave.checkpoint.copying import copy_file, link_or_copy
 from neuroweave.checkpoint.journal import JOURNAL_FILE, Journal
 from neuroweave.checkpoint.layers import find_embedding
 from neuroweave.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest, stamp, write_manifest
-from neuroweave.checkpoint.reader import INDEX_FILE, Checkpoint, list_files
+from neuroweave.checkpoint.reader import INDEX_FILE, WEIGHT_FORMS, Checkpoint, list_files
 from neuroweave.checkpoint.rewriting import Group, Rewriter, ShardRewrite, copy_pieces
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.surgery.fusion.append import added_bytes, append_shard, check_append, write_grown_files
@@ -31,7 +31,6 @@ from neuroweave.surgery.fusion.delta_source import StoredDeltas
 from neuroweave.surgery.fusion.plan import DeltaSource, FuseOptions, FusionPlan, Target, plan_fusion
 from neuroweave.surgery.fusion.tensor_edit import TensorEdit
 
-_OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".safetensors")
 _LINK_ABOVE = 1 << 26  # other files that are larger are hard-linked where possible
 
 
@@ -150,7 +149,7 @@ def complete_plan(checkpoint: Checkpoint, deltas: DeltaSource, options: FuseOpti
     plan = plan_fusion(checkpoint, deltas, options)
     if options.mode == "append" and plan.targets:
         check_append(checkpoint, plan)
-    others = [name for name in checkpoint.other_files if name.endswith(_OTHER_WEIGHTS)]
+    others = [name for name in checkpoint.other_files if name.endswith(WEIGHT_FORMS)]
     if others:
         plan.notes.append(f"{', '.join(others)}: comes along as it is and still holds the original weights")
     return plan
