@@ -19,6 +19,7 @@ from tiny_llama import texts, tiny_model, tiny_tokenizer
 from tiny_training import losses, make_trainer, tiny_neuroblast
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_wsd_schedule
 
+from neuroweave.training.arguments import checkpointing_field
 from neuroweave.training.configuration import (
     build_configuration,
     commented_configuration,
@@ -29,7 +30,7 @@ from neuroweave.training.packing import TokensInMemory
 from neuroweave.training.safe_checkpoints import newest_complete
 from neuroweave.training.separate_rows import SeparateRows
 from neuroweave.training.torch_loop import stack_rows
-from neuroweave.training.train import checkpointing_field, prepare, train
+from neuroweave.training.train import prepare, train
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from neuroweave.training import safe_checkpoints
 from neuroweave.training.metrics import as_text, check_trackers, read_metrics
-from neuroweave.training.torch_loop import NotFiniteError, RowDataset, stack_rows
+from neuroweave.training.torch_loop import GuardedTrainer, NotFiniteError, RowDataset, stack_rows
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -146,6 +146,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, value: float) -
     resumed = make_trainer(tmp_path)  # without the poison
     resumed.train(resume_from_checkpoint=True)
     assert list(losses(tmp_path)) == [5, 6, 7, 8, 9, 10]
+
+
+def test_an_infinite_loss_with_a_finite_gradient_stops_the_run_too(tmp_path: Path) -> None:
+    class Infinite(GuardedTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) + (float("inf") if self.state.global_step == 2 else 0)
+
+    with pytest.raises(NotFiniteError, match=r"not finite at step 3; .*no checkpoint was saved before"):
+        make_trainer(tmp_path, kind=Infinite).train()
 
 
 def test_a_bad_gradient_under_a_finite_loss_is_seen_late_but_never_saved(tmp_path: Path) -> None:

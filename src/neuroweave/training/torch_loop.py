@@ -8,8 +8,6 @@ arithmetic, and the rows of a step are the same for any number of processes. Let
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from neuroweave.training import agreement, resharding, safe_checkpoints
+from neuroweave.training.stop_signal import StopSignal
 
 IGNORED = -100
 NEVER = 2**62  # the step of what has not happened
@@ -66,32 +65,6 @@ class NotFiniteError(ValueError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
-
-
-class StopSignal:
-    """Whether Ctrl-C or a polite kill (SIGTERM, as batch systems send) has come. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(number: int, _: Any) -> None:
-            self.asked = True
-            signal.signal(number, before[signal.Signals(number)])
-
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Guard(TrainerCallback):

@@ -8,12 +8,10 @@ process runs this code; the first one prepares the data and writes.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from neuroweave import __version__
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
+from neuroweave.training.arguments import training_arguments
 from neuroweave.training.configuration import TrainConfiguration
 from neuroweave.training.metrics import METRICS_FILE, MetricsFile, check_trackers, read_metrics
 from neuroweave.training.model_to_train import (
@@ -36,14 +35,13 @@ from neuroweave.training.model_to_train import (
     load_training_tokenizer,
 )
 from neuroweave.training.packing import PackedRows
-from neuroweave.training.safe_checkpoints import checkpoint_folders, last_sealed
+from neuroweave.training.run_folder import check_run_folder, write_run_file
 from neuroweave.training.separate_rows import SeparateRows
 from neuroweave.training.stream_dataset import StreamDataset
 from neuroweave.training.token_store import TokenStore, build_store
 from neuroweave.training.torch_loop import GuardedTrainer, RowDataset
 
-RUN_FILE, MODEL_FOLDER, RECORD_FILE = "run.json", "model", "training.json"
-SCHEDULES = {"wsd": "warmup_stable_decay", "cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+MODEL_FOLDER, RECORD_FILE = "model", "training.json"
 
 Say = Callable[[str], None]
 
@@ -177,7 +175,14 @@ def prepare(
     )
     training.decay(steps)
     check_free_space(configuration.output.folder, (configuration.output.keep + 1) * plan.checkpoint_bytes)
-    arguments = training_arguments(configuration, plan, precision, evaluates=held_out is not None)
+    arguments = training_arguments(
+        configuration,
+        steps=steps,
+        accumulation=accumulation,
+        device=device,
+        precision=precision,
+        evaluates=held_out is not None,
+    )
     if held_out is None and note is not None:
         note("no document is held out (data.held_out, or too little text): the run is not evaluated")
     count = steps * training.batch_size
@@ -280,117 +285,12 @@ def held_out_rows(store: TokenStore | None, configuration: TrainConfiguration, p
     return RowDataset(rows, min(len(rows), configuration.metrics.held_out_rows))
 
 
-def training_arguments(
-    configuration: TrainConfiguration, plan: TrainPlan, precision: torch.dtype, *, evaluates: bool
-) -> TrainingArguments:
-    """The configuration in the words of transformers' Trainer."""
-    training, metrics, output = configuration.training, configuration.metrics, configuration.output
-    if training.tf32 and plan.device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    schedule: dict[str, Any] = {"num_decay_steps": training.decay(plan.steps), "decay_type": training.decay_shape}
-    schedule["min_lr_ratio"] = training.final_learning_rate
-    run = Path(output.folder)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")  # the Trainer's callback has no other way to hear
-    options: dict[str, Any] = {checkpointing_field(): training.gradient_checkpointing}
-    return TrainingArguments(
-        output_dir=str(run),
-        max_steps=plan.steps,
-        per_device_train_batch_size=training.micro_batch_size,
-        per_device_eval_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=plan.accumulation,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=SCHEDULES[training.schedule],
-        lr_scheduler_kwargs=schedule if training.schedule == "wsd" else {},
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
-        max_grad_norm=training.clip,
-        bf16=precision == torch.bfloat16,
-        use_cpu=plan.device == "cpu",
-        torch_compile=training.compile,
-        seed=training.seed,
-        dataloader_num_workers=training.workers,
-        dataloader_prefetch_factor=4 if training.workers else None,
-        dataloader_pin_memory=plan.device == "cuda",
-        ddp_find_unused_parameters=False,
-        logging_steps=metrics.log_every,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=metrics.evaluate_every or output.save_every,
-        save_strategy="steps",
-        save_steps=output.save_every,
-        report_to=metrics.report_to,
-        run_name=run.name,
-        **options,
-    )
-
-
-def checkpointing_field() -> str:
-    """transformers 5.23 calls it activation checkpointing."""
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-
-
-# ------------------------------------------------------------------------------------------------- the run's folder
-
-
-def check_run_folder(configuration: TrainConfiguration, *, resume: bool | None, main: bool) -> None:
-    """Refuse a folder that is not a run's, or a run of another configuration. With `resume` False, clear it."""
-    run = Path(configuration.output.folder)
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run}: output.folder is a file; give a folder")
-    if resume and last_sealed(run) is None:
-        raise ValueError(f"{run}: there is no complete checkpoint to resume; leave out --resume")
-    if not (run / RUN_FILE).is_file():
-        strange = sorted(path.name for path in run.iterdir()) if run.is_dir() else []
-        strange = [name for name in strange if name != "data" and not name.startswith(".")]
-        if strange:
-            raise ValueError(f"{run}: holds {strange[0]}, but no run; choose another output.folder")
-        return
-    if resume is False:
-        if main:
-            clear_run(run)
-        return
-    if checkpoint_folders(run):
-        check_same_run(configuration, run)
-
-
-def check_same_run(configuration: TrainConfiguration, run: Path) -> None:
-    """Raise ValueError when the run was begun with other settings, naming them."""
-    began = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["configuration"]
-    now = configuration.what_shapes_the_run()
-    other = [name for name in sorted({*began, *now}) if began.get(name) != now.get(name)]
-    if other:
-        changes = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in other[:3])
-        raise ValueError(
-            f"{run}: was begun with other settings ({changes}); --fresh starts anew, or choose another folder"
-        )
-
-
-def clear_run(run: Path) -> None:
-    for _, folder in checkpoint_folders(run):
-        (folder / "complete.json").unlink(missing_ok=True)
-        shutil.rmtree(folder)
-    for name in (METRICS_FILE, RUN_FILE):
-        (run / name).unlink(missing_ok=True)
-
-
-def write_run_file(configuration: TrainConfiguration) -> None:
-    run = Path(configuration.output.folder)
-    run.mkdir(parents=True, exist_ok=True)
-    content = {"neuroweave": __version__, "configuration": configuration.what_shapes_the_run()}
-    draft = run / f".{RUN_FILE}.partial"
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, run / RUN_FILE)
-
-
 def write_model(trainer: GuardedTrainer, prepared: Prepared, result: TrainResult) -> None:
     """The trained model in RUN/model, whole or not at all, with its tokenizer and `training.json`."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
-    for tied in model.all_tied_weights_keys if state else ():
-        state.pop(tied, None)  # one tensor, which is stored once
+    if state:  # of tied tensors one is stored
+        state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     if trainer.args.process_index == 0:
         record = {
             "neuroweave": __version__,
