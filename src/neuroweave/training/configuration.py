@@ -94,6 +94,12 @@ class TrainingSection(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Of AdamW: memory of the gradient.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Of AdamW: memory of its square.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Of AdamW: keeps the division finite.")
+    parts: Literal["all", "mlp", "mixtures"] = Field(
+        "all", description="Which weights are trained. mixtures: gating_logits and beta of learned mixtures alone."
+    )
+    gate_entropy: float = Field(
+        0.0, ge=0, description="Weight of the mean entropy of mixtures' gates in the loss: makes neurons decide."
+    )
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: not clipped.")
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Of the arithmetic; weights stay in float32. auto: bfloat16 where the hardware has it."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from neuroweave.activations.neuron_choices import gate_entropy
 from neuroweave.training import agreement, resharding, safe_checkpoints
 from neuroweave.training.stop_signal import StopSignal
 
@@ -81,8 +82,9 @@ class GuardedTrainer(Trainer):
     """The loop of `neuroweave train` and `neuroweave heal`.
 
     `rows`, `held_out`: map-style datasets of {"input_ids", "position_ids", "labels", ...}: [T] each; `rows[i]` is
-    sample i of the whole run. `tokenizer`: saved with every checkpoint. `keep`: number of checkpoints that stay.
-    `note`: gets a line of text about what a person should know.
+    sample i of the whole run. `tokenizer`: saved with every checkpoint. `gate_entropy`: weight of the learned mixtures'
+    gate entropy in the loss. `keep`: number of checkpoints that stay. `note`: gets a line of text about what a person
+    should know.
 
     A subclass may override `compute_loss` (end it with `share_of_step`) and `evaluation_sums`.
     `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint, if there is one.
@@ -97,6 +99,7 @@ class GuardedTrainer(Trainer):
         *,
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
+        gate_entropy: float = 0.0,
         keep: int = 2,
         note: Callable[[str], None] | None = None,
     ) -> None:
@@ -115,6 +118,9 @@ class GuardedTrainer(Trainer):
         self.use_cache, self.tokenizer_files, self.keep, self.note = use_cache, tokenizer, keep, note
         self.stop, self.interrupted = StopSignal(), False
         self.first_bad_step = torch.tensor(NEVER, device=arguments.device)
+        self.gate_entropy = gate_entropy
+        if gate_entropy and self.is_fsdp_enabled:
+            raise ValueError("the gate entropy cannot be taken of weights that are sharded; train with DDP instead")
 
     def create_accelerator_and_postprocess(self) -> None:
         agreement.shard_on_cpu(getattr(self.args, "mixed_precision", None))
@@ -169,6 +175,21 @@ class GuardedTrainer(Trainer):
         result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return result
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss, plus the weighted gate entropy."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + self.gate_share(model, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def gate_share(self, model: nn.Module, num_items_in_batch: Any) -> Tensor | float:
+        """One pass's share of the gate entropy, times its weight; 0 where it has none."""
+        if not self.gate_entropy:
+            return 0.0
+        passes = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps
+        return self.gate_entropy * gate_entropy(model) / passes
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

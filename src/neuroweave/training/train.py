@@ -23,8 +23,10 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments
 
 from neuroweave import __version__
+from neuroweave.activations.neuron_choices import gate_entropy
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.training.arguments import training_arguments
+from neuroweave.training.choice_log import ChoiceLog
 from neuroweave.training.configuration import TrainConfiguration
 from neuroweave.training.metrics import METRICS_FILE, MetricsFile, check_trackers, read_metrics
 from neuroweave.training.model_to_train import (
@@ -40,6 +42,7 @@ from neuroweave.training.separate_rows import SeparateRows
 from neuroweave.training.stream_dataset import StreamDataset
 from neuroweave.training.token_store import TokenStore, build_store
 from neuroweave.training.torch_loop import GuardedTrainer, RowDataset
+from neuroweave.training.trainable import select
 
 MODEL_FOLDER, RECORD_FILE = "model", "training.json"
 
@@ -50,11 +53,13 @@ Say = Callable[[str], None]
 class TrainPlan:
     """What a run will do.
 
-    `rows`: of an epoch, `epochs`: passes over them, both None for a stream. `tokens`: of all steps. `state_bytes`: of
-    weights, gradients and optimizer. `checkpoint_bytes`: of one checkpoint.
+    `trained`: those of the `parameters` that change. `rows`: of an epoch, `epochs`: passes over them, both None for a
+    stream. `tokens`: of all steps. `state_bytes`: of weights, gradients and optimizer. `checkpoint_bytes`: of one
+    checkpoint.
     """
 
     parameters: int
+    trained: int
     rows: int | None
     held_out_rows: int
     steps: int
@@ -127,7 +132,8 @@ def train(
         prepared.arguments,
         prepared.rows,
         prepared.held_out,
-        callbacks=[MetricsFile(plan.tokens // plan.steps, report=report if main else None)],
+        callbacks=[MetricsFile(plan.tokens // plan.steps, report=report if main else None), ChoiceLog()],
+        gate_entropy=configuration.training.gate_entropy,
         tokenizer=prepared.tokenizer,
         keep=configuration.output.keep,
         note=note if main else None,
@@ -155,12 +161,16 @@ def prepare(
     model = build_model(configuration, tokenizer)
     if data.packing and is_main_process():  # the others may have no weights yet: accelerate sends them
         check_packing(model, rows=training.micro_batch_size)
+    chosen = select(model, training.parts)
+    if training.gate_entropy:
+        gate_entropy(model)  # raises where there is none
     opened = open_stream if data.streaming else open_store
     rows, held_out, epoch_rows = opened(configuration, tokenizer, model, progress)
     steps = training.steps or math.ceil(float(training.epochs or 0) * (epoch_rows or 0) / training.batch_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = TrainPlan(
         parameters=parameters,
+        trained=chosen.count,
         rows=epoch_rows,
         held_out_rows=0 if held_out is None else len(held_out),
         steps=steps,
@@ -170,8 +180,8 @@ def prepare(
         processes=processes,
         precision=str(precision).removeprefix("torch."),
         device=device,
-        state_bytes=16 * parameters,  # float32: weight, gradient, two moments
-        checkpoint_bytes=12 * parameters,
+        state_bytes=4 * parameters + 12 * chosen.count,  # float32: weight; gradient and two moments where trained
+        checkpoint_bytes=4 * parameters + 8 * chosen.count,
     )
     training.decay(steps)
     check_free_space(configuration.output.folder, (configuration.output.keep + 1) * plan.checkpoint_bytes)
@@ -253,6 +263,7 @@ def open_stream(
             data.sequence_length,
             held_out=data.held_out,
             end_of_document=data.end_of_document,
+            vocabulary_size=embedding_rows(model),
             **options,
         )
 
