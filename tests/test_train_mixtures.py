@@ -65,7 +65,7 @@ def test_mixtures_alone_are_trained_and_their_choices_logged(tmp_path: Path) -> 
 def test_the_gate_entropy_makes_neurons_decide(tmp_path: Path) -> None:
     entropies = {}
     for weight in (0.0, 10.0):
-        _, after, run = train_mixed(tmp_path / str(weight), parts="mixtures", gate_entropy=weight)
+        _, after, _ = train_mixed(tmp_path / str(weight), parts="mixtures", gate_entropy=weight)
         entropies[weight] = gate_entropy(after).item()
     assert entropies[10.0] < 0.8 * entropies[0.0]
 

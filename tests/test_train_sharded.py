@@ -22,12 +22,15 @@ TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 SETTINGS: dict[str, Any] = {"micro": 1, "model": "neuroblast", "held_out": 3}
 
 
-def launch(launcher: list[str], *runs: dict[str, Any]) -> None:
-    """`tests/tiny_training.py` in two processes, one run after the other."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = [str(port), str(TESTS / "tiny_training.py"), json.dumps(list(runs))]
+        return free.getsockname()[1]
+
+
+def launch(launcher: list[str], *runs: dict[str, Any]) -> None:
+    """`tests/tiny_training.py` in two processes, one run after the other."""
+    place = [str(free_port()), str(TESTS / "tiny_training.py"), json.dumps(list(runs))]
     command = [sys.executable, "-m", *launcher, *place]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

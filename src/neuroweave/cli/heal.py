@@ -81,6 +81,7 @@ def command(
     from neuroweave.diagnose.probes.head import find_head
     from neuroweave.surgery.blending import Blending
     from neuroweave.text import documents, read_documents
+    from neuroweave.training.agreement import is_first
     from neuroweave.training.heal import HealOptions, heal_checkpoint
 
     logging.disable_progress_bar()
@@ -101,6 +102,8 @@ def command(
         report=note if as_json else click.echo,
         note=note,
     )
+    if not is_first():
+        return
     if as_json:
         print_json({"output": str(output), **done.as_dict()})
         return

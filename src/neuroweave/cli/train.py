@@ -45,10 +45,11 @@ def command(
     configuration = read_configuration(config, settings)
     from transformers.utils import logging
 
-    from neuroweave.training.train import TrainPlan, is_main_process, prepare, train
+    from neuroweave.training.agreement import is_first
+    from neuroweave.training.train import TrainPlan, prepare, train
 
     logging.disable_progress_bar()
-    main = is_main_process()
+    main = is_first()
 
     def say_plan(plan: TrainPlan) -> None:
         click.echo(

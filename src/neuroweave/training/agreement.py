@@ -15,6 +15,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @functools.cache
 def control_group() -> Any:
     """A group of all processes that talk over gloo."""

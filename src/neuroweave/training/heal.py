@@ -7,6 +7,7 @@ beside the output. The same command goes on from there; the folder goes away whe
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from neuroweave import __version__
 from neuroweave.checkpoint.loading import load_tokenizer
 from neuroweave.checkpoint.manifest import fingerprints
 from neuroweave.checkpoint.reader import Checkpoint
+from neuroweave.checkpoint.resaving import load_stored, save_like
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
 from neuroweave.text.tokens import NamedText, token_ids_sha256
+from neuroweave.training import agreement
 from neuroweave.training.choice_log import CHOICES_FILE, ChoiceLog
 from neuroweave.training.distillation_loop import KL, Blend, FindHead, HealingTrainer, Objective, Windows, predictor
 from neuroweave.training.healing_inputs import Split, check_pair, check_tokenizers, split_windows
@@ -36,7 +40,6 @@ from neuroweave.training.trainable import LORA_RANK, PARTS, select
 
 LOSSES = ("full", "topk")
 HELD_OUT_TOKENS = 8192
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 Say = Callable[[str], None]
 MakeBlend = Callable[[PreTrainedModel, PreTrainedModel], Blend]
@@ -143,9 +146,9 @@ def heal_checkpoint(
     check_pair(patched, teacher, window=options.window)
     target = check_output(out, overwrite=overwrite, sources=[patched, teacher])
     device, processes = start_processes()
-    if processes > 1:
-        raise ValueError("heal runs in one process; start it without torchrun or accelerate launch")
-    steps = options.steps()
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("heal keeps student and teacher whole in every process; start it with torchrun, not with FSDP")
+    steps = options.steps(processes)
     tokenizer = load_tokenizer(teacher)
     check_tokenizers(patched, load_tokenizer(patched), tokenizer)
     split = split_windows(documents, tokenizer, window=options.window, held_out_tokens=HELD_OUT_TOKENS)
@@ -153,8 +156,11 @@ def heal_checkpoint(
     with Work.open(target, job, resume=resume) as work:
         heal = Heal(patched, teacher, options, split, work, device, steps)
         done = heal.run(blend=blend, find_head=find_head, report=report, note=note)
-        heal.write(out, done, overwrite=overwrite)
-        work.remove()
+        if agreement.is_first():
+            heal.write(out, done, overwrite=overwrite)
+        agreement.from_all(None)  # nobody leaves before it is written
+        if agreement.is_first():
+            work.remove()
     return done
 
 
@@ -170,7 +176,7 @@ class Heal:
     ) -> None:
         self.patched, self.teacher, self.options, self.split, self.work = patched, teacher, options, split, work
         self.device, self.steps = device, steps
-        self.student = AutoModelForCausalLM.from_pretrained(patched, dtype="auto").eval()
+        self.student = load_stored(patched)
         self.dtypes = {name: parameter.dtype for name, parameter in self.student.named_parameters()}
         self.student.float().to(device)
         self.reference = load_reference(teacher, device)
@@ -189,7 +195,9 @@ class Heal:
         checkpoint = 8 * chosen.count + (4 * chosen.count if options.train == "lora" else weights)
         check_free_space(self.work.folder, 3 * checkpoint + weights)  # best, last and next one, and the output
         windows = Windows(self.split.training, seed=options.seed)
-        rows = self.steps * options.batch * options.accumulate
+        processes = agreement.processes()
+        rows = self.steps * options.batch * options.accumulate * processes
+        main = agreement.is_first()
         trainer = HealingTrainer(
             chosen.model,
             self.arguments(),
@@ -207,9 +215,12 @@ class Heal:
             blend=mixing,
             blend_steps=options.blend,
             patience=options.patience,
-            callbacks=[MetricsFile(options.batch * options.accumulate * options.window, report=report), ChoiceLog()],
+            callbacks=[
+                MetricsFile(rows // self.steps * options.window, report=report if main else None),
+                ChoiceLog(),
+            ],
             keep=1,
-            note=note,
+            note=note if main else None,
         )
         trainer.state.max_steps = self.steps
         if "kl_before" not in self.work.known:
@@ -224,7 +235,7 @@ class Heal:
         improved = state.best_metric is not None and state.best_metric < before
         if not improved:
             self.take_back()
-            if note is not None:
+            if note is not None and main:
                 note(f"the held-out KL never came below {before:.4f}: the weights stay as they were")
         self.round()
         trainer.model = trainer.model_wrapped = self.student
@@ -284,19 +295,19 @@ class Heal:
             files = fingerprints(checkpoint)
         text = token_ids_sha256(self.split.training.tolist())
         key = fingerprint_of(teacher=files, text=text, k=options.top_k, temperature=options.temperature)
-        return cache_teacher_logits(
-            self.work.teacher,
-            self.split.training,
-            logits_of,
-            k=options.top_k,
-            fingerprint=key,
-            temperature=options.temperature,
-        )
+        with PartialState().main_process_first():  # the first process makes it, the others read it
+            return cache_teacher_logits(
+                self.work.teacher,
+                self.split.training,
+                logits_of,
+                k=options.top_k,
+                fingerprint=key,
+                temperature=options.temperature,
+            )
 
     def take_back(self) -> None:
         """The weights of the patched folder again."""
-        before = AutoModelForCausalLM.from_pretrained(self.patched, dtype="auto")
-        self.student.load_state_dict(before.state_dict())
+        self.student.load_state_dict(load_stored(self.patched).state_dict())
 
     @torch.no_grad()
     def round(self) -> None:
@@ -314,14 +325,9 @@ class Heal:
         entry.pop("seconds")
         self.student.config.neuroweave["healing"] = entry | {"teacher": {"files": files}}
         with staged_folder(out, overwrite=overwrite, sources=[self.patched, self.teacher]) as folder:
-            self.student.save_pretrained(folder)
             if (self.work.run / CHOICES_FILE).is_file():
                 shutil.copyfile(self.work.run / CHOICES_FILE, folder / CHOICES_FILE)
-            for file in sorted(self.patched.rglob("*")):
-                place = folder / file.relative_to(self.patched)
-                if file.is_file() and not file.name.endswith(WEIGHT_ENDINGS) and not place.exists():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, place)
+            save_like(self.student, self.patched, folder)
 
 
 def load_reference(folder: Path, device: str) -> PreTrainedModel:

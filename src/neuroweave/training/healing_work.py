@@ -14,6 +14,7 @@ from typing import Any
 
 from neuroweave.checkpoint.manifest import stamp
 from neuroweave.checkpoint.reader import Checkpoint
+from neuroweave.training import agreement
 from neuroweave.training.safe_checkpoints import last_sealed
 
 try:
@@ -49,9 +50,19 @@ class Work:
         `resume` False: emptied first. Raises ValueError when it is of another heal, or in use.
         """
         folder = target.parent / f".{target.name}.neuroweave-heal"
-        folder.mkdir(parents=True, exist_ok=True)
-        with held(folder):
-            yield cls.begun(folder, job, resume=resume)
+        with contextlib.ExitStack() as stack:
+            known, problem = None, ""
+            if agreement.is_first():  # the first process holds and writes it, the others follow
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(held(folder))
+                    known = cls.begun(folder, job, resume=resume).known
+                except ValueError as error:
+                    problem = str(error)
+            known, problem = agreement.from_first((known, problem))
+            if problem:
+                raise ValueError(problem)
+            yield cls(folder, known)
 
     @classmethod
     def begun(cls, folder: Path, job: str, *, resume: bool) -> Work:
@@ -76,6 +87,8 @@ class Work:
     def tell(self, **facts: Any) -> None:
         """Remember facts for a run that goes on."""
         self.known |= facts
+        if not agreement.is_first():
+            return
         draft = self.folder / f"{JOB_FILE}.partial"
         draft.write_text(json.dumps(self.known, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, self.folder / JOB_FILE)

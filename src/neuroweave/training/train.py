@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from neuroweave import __version__
 from neuroweave.activations.neuron_choices import gate_entropy
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
+from neuroweave.training import agreement
 from neuroweave.training.arguments import training_arguments
 from neuroweave.training.choice_log import ChoiceLog
 from neuroweave.training.configuration import TrainConfiguration
@@ -120,7 +121,7 @@ def train(
     saved.
     """
     began = time.perf_counter()
-    main = is_main_process()
+    main = agreement.is_first()
     check_run_folder(configuration, resume=resume, main=main)
     prepared = prepare(configuration, note=note if main else None, progress=progress if main else None)
     if main:
@@ -159,7 +160,7 @@ def prepare(
     accumulation = training.accumulation(processes)
     tokenizer = load_training_tokenizer(configuration)
     model = build_model(configuration, tokenizer)
-    if data.packing and is_main_process():  # the others may have no weights yet: accelerate sends them
+    if data.packing and agreement.is_first():  # the others may have no weights yet: accelerate sends them
         check_packing(model, rows=training.micro_batch_size)
     chosen = select(model, training.parts)
     if training.gate_entropy:
@@ -207,11 +208,6 @@ def start_processes() -> tuple[str, int]:
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     state = PartialState(cpu=on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
     return state.device.type, state.num_processes
-
-
-def is_main_process() -> bool:
-    """Whether this is the first of the processes that a launcher has started, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def open_store(
