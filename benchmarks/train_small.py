@@ -1,6 +1,6 @@
 """A small NeuroBLAST from nothing: a tokenizer and a model on the shipped prose, against n-gram models.
 
-    python benchmarks/train_small.py [--steps 900] [--run DIR] [--figure docs/images/train_small.svg]
+    python benchmarks/train_small.py [--steps 600] [--run DIR] [--figure docs/images/train_small.svg]
 
 The n-gram models are estimated on the model's own training tokens and measured on the same held-out tokens: documents
 that the run held out, and the evaluation split, whose works are in no other split. Losses are nats per token. Then the
@@ -128,7 +128,7 @@ def draw(metrics: Path, grams: dict[str, float], figure: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--run", type=Path, help="keep everything here; the same command goes on")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--prompt", default="The old man looked at the sea and")
