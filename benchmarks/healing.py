@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation-tokens", type=int, default=4096)
     parser.add_argument("--scratch", type=Path, help="where the models in between are written")
     for name, field in FIELDS.items():
-        kind = int if name == "evaluate_every" else type(field.default)
+        kind = {"evaluate_every": int, "learning_rate": float}.get(name, type(field.default))
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     return parser.parse_args()
 

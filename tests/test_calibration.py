@@ -347,7 +347,7 @@ def test_calibration_brings_the_student_back(family, activation, tmp_path):
     student, teacher = pair(family, activation)
     held_out = token_windows(6, seed=9)
     before = divergence(student, teacher, held_out)
-    done = calibrate(student, teacher, token_windows(96), folder=tmp_path)
+    done = calibrate(student, teacher, token_windows(60), folder=tmp_path)
     after = divergence(student, teacher, held_out)
     assert 0 < after < 0.5 * before
     for layer in done.layers:

@@ -27,6 +27,7 @@ from neuroweave.training.metrics import METRICS_FILE, read_metrics
 RELU = {"sites": [{"site": "mlp", "activation": "relu"}]}
 DOCUMENTS = texts(count=24, words=64)
 QUICK = {
+    "train": "all",
     "precision": "float32",
     "tokens": 32 * 2 * 24,
     "window": 32,
@@ -267,19 +268,7 @@ def test_the_command(models, tmp_path):
     for document in DOCUMENTS:
         (text / f"{document.name}.txt").write_text(document.text)
     words = [models / "patched", "--teacher", models / "base", "--data", text, "--output", tmp_path / "out"]
-    words += [
-        "--tokens",
-        640,
-        "--window",
-        32,
-        "--batch",
-        2,
-        "--learning-rate",
-        1e-3,
-        "--precision",
-        "float32",
-        "--json",
-    ]
+    words += "--train mlp --tokens 640 --window 32 --batch 2 --learning-rate 1e-3 --precision float32 --json".split()
     done = CliRunner().invoke(command, [str(word) for word in words], obj={"debug": False})
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -288,5 +277,5 @@ def test_the_command(models, tmp_path):
     again = CliRunner().invoke(command, [str(word) for word in words], obj={"debug": False})
     assert isinstance(again.exception, ValueError)
     assert "the output folder is not empty" in str(again.exception)
-    short = CliRunner().invoke(command, [str(word) for word in [*words[:-7], "--tokens", 10]], obj={"debug": False})
+    short = CliRunner().invoke(command, [str(word) for word in [*words, "--tokens", 10]], obj={"debug": False})
     assert str(short.exception).startswith("--tokens 10 are less than one step of")

@@ -25,7 +25,7 @@ NOT_BELOW_0 = click.FloatRange(min=0)
 
     \b
     neuroweave heal CALIBRATED --teacher BASE --output DIR
-    neuroweave heal PATCHED --teacher BASE --output DIR --train lora --learning-rate 1e-3
+    neuroweave heal PATCHED --teacher BASE --output DIR --train mlp --hidden 0.3
     neuroweave heal PATCHED --teacher BASE --output DIR --blend 200
     """,
 )
@@ -40,9 +40,9 @@ NOT_BELOW_0 = click.FloatRange(min=0)
 )
 @click.option("--output", required=True, metavar="DIR", type=FILE, help="Where to write the result.")
 @click.option(
-    "--train", type=click.Choice(["mixtures", "mlp", "lora", "all"]), help="Which weights are trained.  [default: all]"
+    "--train", type=click.Choice(["mixtures", "mlp", "lora", "all"]), help="What is trained.  [default: lora]"
 )
-@click.option("--lora-rank", type=click.IntRange(min=1), help="Of the adapters, merged at the end.  [default: 16]")
+@click.option("--lora-rank", type=click.IntRange(min=1), help="Of the adapters, merged at the end.  [default: 8]")
 @click.option(
     "--loss",
     type=click.Choice(["full", "topk"]),
@@ -62,7 +62,11 @@ NOT_BELOW_0 = click.FloatRange(min=0)
 @click.option("--window", type=click.IntRange(min=2), help="Tokens of one pass.  [default: 512]")
 @click.option("--batch", type=click.IntRange(min=1), help="Windows of one pass.  [default: 1]")
 @click.option("--accumulate", type=click.IntRange(min=1), help="Passes of one step.  [default: 1]")
-@click.option("--learning-rate", type=ABOVE_0, help="Its highest value; it falls to 0 at the end.  [default: 1e-4]")
+@click.option(
+    "--learning-rate",
+    type=ABOVE_0,
+    help="Its highest value; it falls to 0.  [default: lora 7e-4, mlp and all 2e-5, mixtures 1e-2]",
+)
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of products.  [default: auto]")
 @click.option("--evaluate-every", metavar="N", type=click.IntRange(min=1), help="Steps.  [default: an eighth of all]")
 @click.option("--patience", type=click.IntRange(min=1), help="Evaluations without a better one.  [default: 3]")

@@ -14,7 +14,7 @@ from neuroweave.activations.mixtures import NeuronMixture
 PARTS = ("mixtures", "mlp", "lora", "all")
 # What the field calls an MLP, its experts, or its two projections where a layer holds them itself.
 MLP = re.compile(r"(?:^|\.)(?:\w*mlp|feed_forward|ffn?|\w*moe|experts?|shared_experts?|fc1|fc2)\.")
-LORA_RANK = 16
+LORA_RANK = 8
 
 
 @dataclass
