@@ -268,7 +268,8 @@ def test_the_command(models, tmp_path):
     for document in DOCUMENTS:
         (text / f"{document.name}.txt").write_text(document.text)
     words = [models / "patched", "--teacher", models / "base", "--data", text, "--output", tmp_path / "out"]
-    words += "--train mlp --tokens 640 --window 32 --batch 2 --learning-rate 1e-3 --precision float32 --json".split()
+    options = "--train mlp --tokens 640 --window 32 --batch 2 --learning-rate 1e-3 --precision float32 --json"
+    words += options.split()
     done = CliRunner().invoke(command, [str(word) for word in words], obj={"debug": False})
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
