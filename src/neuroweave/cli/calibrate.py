@@ -8,7 +8,15 @@ from statistics import median
 
 import click
 
-from neuroweave.cli.console import json_option, note, overwrite_option, print_json, progress
+from neuroweave.cli.console import (
+    data_option,
+    json_option,
+    note,
+    overwrite_option,
+    print_json,
+    progress,
+    teacher_option,
+)
 
 FILE = click.Path(path_type=Path)
 
@@ -25,14 +33,8 @@ FILE = click.Path(path_type=Path)
     """,
 )
 @click.argument("patched")
-@click.option("--teacher", required=True, metavar="BASE", help="The model before the patch.")
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="TEXT",
-    type=FILE,
-    help="A text file or a folder of them; may be repeated. Default: the shipped calibration and training text.",
-)
+@teacher_option
+@data_option
 @click.option("--output", required=True, metavar="DIR", type=FILE, help="Where to write the result.")
 @click.option("--tokens", type=click.IntRange(min=2), default=49_152, show_default=True, help="How much text to use.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of one pass.")

@@ -17,6 +17,17 @@ from neuroweave.progress import follow
 from neuroweave.progress import progress as bar_or_lines
 
 json_option: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+# What the commands that repair a model share.
+teacher_option: Callable[[Any], Any] = click.option(
+    "--teacher", required=True, metavar="BASE", help="The model before the patch."
+)
+data_option: Callable[[Any], Any] = click.option(
+    "--data",
+    multiple=True,
+    metavar="TEXT",
+    type=click.Path(path_type=Path),
+    help="A text file or a folder of them; may be repeated. Default: the shipped calibration and training text.",
+)
 overwrite_option: Callable[[Any], Any] = click.option(
     "--overwrite", is_flag=True, help="Replace the output folder if it holds files."
 )

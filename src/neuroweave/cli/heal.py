@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from neuroweave.cli.console import errors_as_typed, json_option, note, overwrite_option, print_json
+from neuroweave.cli.console import (
+    data_option,
+    errors_as_typed,
+    json_option,
+    note,
+    overwrite_option,
+    print_json,
+    teacher_option,
+)
 
 FILE = click.Path(path_type=Path)
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -30,14 +38,8 @@ NOT_BELOW_0 = click.FloatRange(min=0)
     """,
 )
 @click.argument("patched")
-@click.option("--teacher", required=True, metavar="BASE", help="The model before the patch.")
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="TEXT",
-    type=FILE,
-    help="A text file or a folder of them; may be repeated. Default: the shipped calibration and training text.",
-)
+@teacher_option
+@data_option
 @click.option("--output", required=True, metavar="DIR", type=FILE, help="Where to write the result.")
 @click.option(
     "--train", type=click.Choice(["mixtures", "mlp", "lora", "all"]), help="What is trained.  [default: lora]"
