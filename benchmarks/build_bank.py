@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from neuroweave.surgery.neurons.bank import Bank, Neuron, default_bank_path, join_banks, load_bank, save_bank
-from neuroweave.surgery.neurons.behaviours import define_neurons
-from neuroweave.surgery.neurons.extraction import extract_neurons, model_record
 from tqdm import tqdm
 
 from neuroweave.checkpoint import embedded_gguf, import_checkpoint
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.checkpoint.manifest import sha256_of
+from neuroweave.surgery.neurons.bank import Bank, Neuron, default_bank_path, join_banks, load_bank, save_bank
+from neuroweave.surgery.neurons.behaviours import define_neurons
+from neuroweave.surgery.neurons.extraction import extract_neurons, model_record
 from neuroweave.text import documents
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from neuroweave.surgery.fusion.estimate import SAMPLED_ROWS
 from synthetic_checkpoints import write_deltas, write_random, write_sparse
 from transformers import AutoModelForImageTextToText, Gemma4Config
 from whole_process import NEUROWEAVE, Run, folder_bytes, machine, print_rows, run
 
 from neuroweave.checkpoint import TensorSpec, plan_shards
+from neuroweave.surgery.fusion.estimate import SAMPLED_ROWS
 
 TENSORS, PARAMETERS, BYTES = 1188, 31_273_088_876, 62_546_177_752  # published: the Hugging Face page of the model
 SHARDS_GB = [49.8, 12.8]  # 10^9 bytes, published

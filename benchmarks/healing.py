@@ -2,9 +2,11 @@
 
     python benchmarks/healing.py MODEL --activations "relu|silu" --calibration-tokens 24576 --tokens 262144
     python benchmarks/healing.py MODEL --activations phantom --calibration-tokens 0 --blend 200
+    python benchmarks/healing.py MODEL --text CORPUS       # of benchmarks/build_corpus.py --large CORPUS
 
-Patches, calibrates and heals on the shipped calibration and training text, measures on the evaluation text. Prints a
-Markdown table, three rows an activation, as it goes. What is not named here is as in `HealOptions`.
+Patches, calibrates and heals on the calibration and training text (the shipped one, or the larger corpus of the same
+split), measures on the shipped evaluation text. Prints a Markdown table, three rows an activation, as it goes. What is
+not named here is as in `HealOptions`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from neuroweave.checkpoint.loading import load_tokenizer
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.probes.head import find_head
 from neuroweave.surgery.blending import Blending
+from neuroweave.surgery.calibration.calibrate import CalibrationOptions
 from neuroweave.surgery.calibration.on_disk import calibrate_checkpoint, draw_calibration_windows
 from neuroweave.surgery.on_disk import patch_checkpoint
 from neuroweave.text import documents
@@ -52,7 +55,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in options.activations:
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            heal_one(name, options, settings, held_out, Path(scratch))
+            heal_one(name, options, settings, held_out, options.keep or Path(scratch))
         gc.collect()
 
 
@@ -62,8 +65,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--activations", nargs="+", default=["relu|silu"])
     parser.add_argument("--calibrated", type=Path, help="begin with this calibrated folder of the one activation")
     parser.add_argument("--calibration-tokens", type=int, default=24_576, help="0: heal without calibrating before")
+    parser.add_argument("--refine", type=int, default=0, help="of the calibration: passes that train each MLP")
     parser.add_argument("--evaluation-tokens", type=int, default=4096)
+    parser.add_argument("--text", type=Path, help="a larger corpus, built by build_corpus.py --large")
     parser.add_argument("--scratch", type=Path, help="where the models in between are written")
+    parser.add_argument("--keep", type=Path, help="leave the models in this folder")
     for name, field in FIELDS.items():
         kind = {"evaluate_every": int, "learning_rate": float}.get(name, type(field.default))
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
@@ -71,7 +77,7 @@ def arguments() -> argparse.Namespace:
 
 
 def heal_one(name: str, options: Any, settings: HealOptions, held_out: torch.Tensor, scratch: Path) -> None:
-    texts = [*documents("calibration"), *documents("training")]
+    texts = [*documents("calibration", folder=options.text), *documents("training", folder=options.text)]
     activation = {"segments": name.split("|")} if "|" in name else name
     begin = options.calibrated
     if begin is None:
@@ -80,11 +86,20 @@ def heal_one(name: str, options: Any, settings: HealOptions, held_out: torch.Ten
         show(name, "patched", begin, options.model, held_out)
         if options.calibration_tokens:
             began = time.perf_counter()
-            calibrate_checkpoint(begin, options.model, scratch / "calibrated", texts, tokens=options.calibration_tokens)
+            calibrate_checkpoint(
+                begin,
+                options.model,
+                scratch / "calibrated",
+                texts,
+                tokens=options.calibration_tokens,
+                options=CalibrationOptions(refine=options.refine),
+            )
             begin = scratch / "calibrated"
             show(name, "calibrated", begin, options.model, held_out, time.perf_counter() - began)
     else:
         show(name, "calibrated", begin, options.model, held_out)
+    if options.tokens == 0:
+        return
     done = heal_checkpoint(
         begin,
         options.model,

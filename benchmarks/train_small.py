@@ -25,11 +25,12 @@ from neuroweave.text import documents
 from neuroweave.training.configuration import build_configuration
 from neuroweave.training.metrics import METRICS_FILE, read_metrics
 from neuroweave.training.packing import packed_documents
+from neuroweave.training.rows import held_out_rows
 from neuroweave.training.sources import Source
 from neuroweave.training.token_store import TokenStore
 from neuroweave.training.tokenizer import train_tokenizer
 from neuroweave.training.torch_loop import RowDataset, stack_rows
-from neuroweave.training.train import held_out_rows, train
+from neuroweave.training.train import train
 
 VOCABULARY, LENGTH, BATCH = 1024, 256, 8
 SOURCES = [{"path": "shipped:training"}, {"path": "shipped:calibration"}]
@@ -150,7 +151,7 @@ def main() -> None:
     ]
     evaluation = packed_documents(texts, LENGTH)
     sets = {
-        "held-out documents": held_out_rows(store.held_out, chosen, tokenizer.pad_token_id),
+        "held-out documents": RowDataset(*held_out_rows(store.held_out, chosen, tokenizer.pad_token_id)),
         "evaluation split": RowDataset(evaluation, len(evaluation)),
     }
     grams = NGrams(store)

@@ -6,7 +6,7 @@ function here and its name to the table at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -92,3 +92,9 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "phantom": phantom,
     "swish_beta": swish_beta,
 }
+
+
+def swish_member(members: Sequence[Any]) -> int | None:
+    """Which member of a learned mixture, as a recipe names them, is `swish_beta` and learns a beta for every neuron."""
+    kinds = [member if isinstance(member, str) else next(iter(member)) for member in members]
+    return kinds.index("swish_beta") if "swish_beta" in kinds else None

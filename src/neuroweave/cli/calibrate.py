@@ -26,10 +26,12 @@ FILE = click.Path(path_type=Path)
     help="""Write a PATCHED model whose weights are solved again, so that it comes close to what it was.
 
     Layer by layer: neurons are matched (and ordered, where segments run different activations), then projections are
-    solved by least squares on text. No gradient; minutes on a CPU. `neuroweave compare` shows what it did.
+    solved by least squares on text. No gradient; minutes on a CPU. --refine goes further: each MLP is then trained on
+    its own error, for which more text is worth its while. `neuroweave compare` shows what it did.
 
     \b
     neuroweave calibrate PATCHED --teacher BASE --output DIR
+    neuroweave calibrate PATCHED --teacher BASE --output DIR --data TEXTS --tokens 262144 --refine 4
     """,
 )
 @click.argument("patched")
@@ -42,12 +44,16 @@ FILE = click.Path(path_type=Path)
 @click.option("--match/--no-match", default=True, help="Scale neurons and activated projections first.")
 @click.option("--order/--no-order", default=True, help="Choose which neurons run which segment of a mixture.")
 @click.option("--attention/--no-attention", default=True, help="Solve the attention's output projection as well.")
+@click.option(
+    "--refine", type=click.IntRange(min=0), default=0, show_default=True, metavar="PASSES",
+    help="Train each MLP on its own error, in so many passes over the text.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Which windows of the text are taken.")
 @overwrite_option
 @json_option
 def command(
     patched: str, teacher: str, data: tuple[Path, ...], output: Path, tokens: int, window: int, ridge: float | None,
-    match: bool, order: bool, attention: bool, seed: int, overwrite: bool, as_json: bool,
+    match: bool, order: bool, attention: bool, refine: int, seed: int, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from neuroweave.checkpoint.hub import local_folder
     from neuroweave.surgery.calibration.calibrate import RIDGE, CalibrationOptions
@@ -56,7 +62,9 @@ def command(
 
     began = time.perf_counter()
     texts = read_documents(data) if data else [*documents("calibration"), *documents("training")]
-    options = CalibrationOptions(ridge=RIDGE if ridge is None else ridge, match=match, order=order, attention=attention)
+    options = CalibrationOptions(
+        ridge=RIDGE if ridge is None else ridge, match=match, order=order, attention=attention, refine=refine
+    )
     with progress("calibrating", unit="layer") as report:
         done = calibrate_checkpoint(
             local_folder(patched),

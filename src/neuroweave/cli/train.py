@@ -46,7 +46,8 @@ def command(
     from transformers.utils import logging
 
     from neuroweave.training.agreement import is_first
-    from neuroweave.training.train import TrainPlan, prepare, train
+    from neuroweave.training.outcome import TrainPlan
+    from neuroweave.training.train import prepare, train
 
     logging.disable_progress_bar()
     main = is_first()

@@ -11,8 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from neuroweave.training.configuration import TrainConfiguration
-
-SCHEDULES = {"wsd": "warmup_stable_decay", "cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+from neuroweave.training.optimisation import SCHEDULES, schedule_options
 
 
 def training_arguments(
@@ -28,8 +27,6 @@ def training_arguments(
     training, metrics, output = configuration.training, configuration.metrics, configuration.output
     if training.tf32 and device == "cuda":
         torch.set_float32_matmul_precision("high")
-    schedule: dict[str, Any] = {"num_decay_steps": training.decay(steps), "decay_type": training.decay_shape}
-    schedule["min_lr_ratio"] = training.final_learning_rate
     run = Path(output.folder)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")  # the Trainer's callback has no other way to hear
     options: dict[str, Any] = {checkpointing_field(): training.gradient_checkpointing}
@@ -41,7 +38,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
         lr_scheduler_type=SCHEDULES[training.schedule],
-        lr_scheduler_kwargs=schedule if training.schedule == "wsd" else {},
+        lr_scheduler_kwargs=schedule_options(training, steps),
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         adam_beta1=training.adam_beta1,

@@ -23,7 +23,7 @@ from neuroweave.training.sources import Source
 # Sample i and the model are the same whatever these say, so a resumed run may change them.
 FREE = (
     "preset", "metrics.", "output.", "data.store", "training.steps", "training.epochs", "training.decay_steps",
-    "training.micro_batch_size", "training.workers", "training.gradient_checkpointing", "training.compile",
+    "training.micro_batch_size", "training.workers", "training.gradient_checkpointing", "training.compile", "jax.",
 )  # fmt: skip
 
 
@@ -100,13 +100,14 @@ class TrainingSection(Section):
     gate_entropy: float = Field(
         0.0, ge=0, description="Weight of the mean entropy of mixtures' gates in the loss: makes neurons decide."
     )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target that is spread over all tokens.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: not clipped.")
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Of the arithmetic; weights stay in float32. auto: bfloat16 where the hardware has it."
     )
     tf32: bool = Field(True, description="Let NVIDIA GPUs multiply float32 matrices in TF32.")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="Implementation of attention. auto: transformers' choice."
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention", "splash"] = Field(
+        "auto", description="Implementation of attention. auto: transformers' choice; with JAX, splash on TPUs."
     )
     gradient_checkpointing: bool = Field(False, description="Compute activations twice to hold fewer of them.")
     compile: bool = Field(False, description="Run the model through torch.compile.")
@@ -125,14 +126,14 @@ class TrainingSection(Section):
             )
         return self
 
-    def accumulation(self, processes: int) -> int:
-        """Passes of one process in a step. Raises ValueError when the batch cannot be divided."""
-        passes, rest = divmod(self.batch_size, self.micro_batch_size * processes)
+    def accumulation(self, places: int, *, called: str = "processes") -> int:
+        """Passes of a step, over `places` that each take other rows. Raises ValueError when it cannot be divided."""
+        passes, rest = divmod(self.batch_size, self.micro_batch_size * places)
         if rest or not passes:
             raise ValueError(
-                f"training.batch_size {self.batch_size} cannot be divided among {processes} processes of "
+                f"training.batch_size {self.batch_size} cannot be divided among {places} {called} of "
                 f"{self.micro_batch_size} rows (micro_batch_size); make it a multiple of "
-                f"{self.micro_batch_size * processes}"
+                f"{self.micro_batch_size * places}"
             )
         return passes
 
@@ -145,6 +146,25 @@ class TrainingSection(Section):
                 f"make them smaller"
             )
         return decay
+
+
+class JaxSection(Section):
+    """How the JAX backend lays the model over devices; the torch backend does not look at it (docs/jax.md)."""
+
+    data: int | None = Field(
+        None, ge=1, description="Groups of devices that each hold the model. Default: as many as fit."
+    )
+    fsdp: int = Field(1, ge=1, description="Devices that share the weights and take other rows.")
+    tensor: int = Field(1, ge=1, description="Devices that share the weights and the rows.")
+    remat: Literal["auto", "none", "dots", "full"] = Field(
+        "auto",
+        description="What is computed twice: all but matrix products, or all. auto: training.gradient_checkpointing.",
+    )
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one copy of the weights."""
+        return self.fsdp * self.tensor
 
 
 class MetricsSection(Section):
@@ -174,6 +194,7 @@ class TrainConfiguration(Section):
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection, description=str(TokenizerSection.__doc__))
     data: DataSection = Field(default_factory=DataSection, description=str(DataSection.__doc__))
     training: TrainingSection = Field(description=str(TrainingSection.__doc__))
+    jax: JaxSection = Field(default_factory=JaxSection, description=str(JaxSection.__doc__))
     metrics: MetricsSection = Field(default_factory=MetricsSection, description=str(MetricsSection.__doc__))
     output: OutputSection = Field(description=str(OutputSection.__doc__))
 

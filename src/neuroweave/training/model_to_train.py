@@ -38,6 +38,10 @@ def build_model(configuration: TrainConfiguration, tokenizer: PreTrainedTokenize
     """
     torch.manual_seed(configuration.training.seed)
     attention = configuration.training.attention
+    if attention == "splash":
+        raise ValueError(
+            "training.attention: splash is of the JAX backend; the torch backend takes auto, sdpa or eager"
+        )
     options = {} if attention == "auto" else {"attn_implementation": attention}
     if configuration.model.path is None:
         fields = PRESETS[configuration.model.preset][0] | check_settings(configuration.model.settings)

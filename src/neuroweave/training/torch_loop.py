@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from neuroweave.activations.neuron_choices import gate_entropy
 from neuroweave.training import agreement, resharding, safe_checkpoints
+from neuroweave.training.optimisation import decays
 from neuroweave.training.stop_signal import StopSignal
 
 IGNORED = -100
@@ -83,8 +84,8 @@ class GuardedTrainer(Trainer):
 
     `rows`, `held_out`: map-style datasets of {"input_ids", "position_ids", "labels", ...}: [T] each; `rows[i]` is
     sample i of the whole run. `tokenizer`: saved with every checkpoint. `gate_entropy`: weight of the learned mixtures'
-    gate entropy in the loss. `keep`: number of checkpoints that stay. `note`: gets a line of text about what a person
-    should know.
+    gate entropy in the loss. `label_smoothing`: share of the target that is spread over all tokens. `keep`: number of
+    checkpoints that stay. `note`: gets a line of text about what a person should know.
 
     A subclass may override `compute_loss` (end it with `share_of_step`) and `evaluation_sums`.
     `train(resume_from_checkpoint=True)` goes on from the newest complete checkpoint, if there is one.
@@ -100,6 +101,7 @@ class GuardedTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
         gate_entropy: float = 0.0,
+        label_smoothing: float = 0.0,
         keep: int = 2,
         note: Callable[[str], None] | None = None,
     ) -> None:
@@ -118,7 +120,7 @@ class GuardedTrainer(Trainer):
         self.use_cache, self.tokenizer_files, self.keep, self.note = use_cache, tokenizer, keep, note
         self.stop, self.interrupted = StopSignal(), False
         self.first_bad_step = torch.tensor(NEVER, device=arguments.device)
-        self.gate_entropy = gate_entropy
+        self.gate_entropy, self.smoothing = gate_entropy, label_smoothing
         if gate_entropy and self.is_fsdp_enabled:
             raise ValueError("the gate entropy cannot be taken of weights that are sharded; train with DDP instead")
 
@@ -179,10 +181,25 @@ class GuardedTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss, plus the weighted gate entropy."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """The model's loss, with smoothed labels where asked for, plus the weighted gate entropy."""
+        if self.smoothing:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+            loss = self.smoothed_loss(outputs.logits, inputs["labels"], num_items_in_batch)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss + self.gate_share(model, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def smoothed_loss(self, logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Any) -> Tensor:
+        """Cross-entropy with the target (1 - s) at the next token and s / V at each of all V tokens."""
+        following = labels_BT[:, 1:].flatten()
+        logits = logits_BTV[:, :-1].flatten(0, 1).float()
+        total = nn.functional.cross_entropy(logits, following, reduction="sum", label_smoothing=self.smoothing)
+        return self.share_of_step(total, num_items_in_batch, (following != IGNORED).sum())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Those of matrices: transformers goes by names, and ours do not all have `norm` in the place that it knows."""
+        return [name for name, parameter in model.named_parameters() if decays(name, parameter.ndim)]
 
     def gate_share(self, model: nn.Module, num_items_in_batch: Any) -> Tensor | float:
         """One pass's share of the gate entropy, times its weight; 0 where it has none."""

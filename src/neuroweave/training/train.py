@@ -8,13 +8,11 @@ process runs this code; the first one prepares the data and writes.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments
 
-from neuroweave import __version__
 from neuroweave.activations.neuron_choices import gate_entropy
 from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.training import agreement
@@ -37,59 +34,14 @@ from neuroweave.training.model_to_train import (
     embedding_rows,
     load_training_tokenizer,
 )
-from neuroweave.training.packing import PackedRows
+from neuroweave.training.outcome import MODEL_FOLDER, RECORD_FILE, TrainPlan, TrainResult, plan_run
+from neuroweave.training.rows import Share, open_rows
 from neuroweave.training.run_folder import check_run_folder, write_run_file
-from neuroweave.training.separate_rows import SeparateRows
 from neuroweave.training.stream_dataset import StreamDataset
-from neuroweave.training.token_store import TokenStore, build_store
 from neuroweave.training.torch_loop import GuardedTrainer, RowDataset
 from neuroweave.training.trainable import select
 
-MODEL_FOLDER, RECORD_FILE = "model", "training.json"
-
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What a run will do.
-
-    `trained`: those of the `parameters` that change. `rows`: of an epoch, `epochs`: passes over them, both None for a
-    stream. `tokens`: of all steps. `state_bytes`: of weights, gradients and optimizer. `checkpoint_bytes`: of one
-    checkpoint.
-    """
-
-    parameters: int
-    trained: int
-    rows: int | None
-    held_out_rows: int
-    steps: int
-    epochs: float | None
-    tokens: int
-    accumulation: int
-    processes: int
-    precision: str
-    device: str
-    state_bytes: int
-    checkpoint_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out. Losses are nats per token: of the last line of the training, and of the held-out documents."""
-
-    folder: str
-    model: str
-    plan: TrainPlan
-    loss: float | None
-    held_out_loss: float | None
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -135,6 +87,7 @@ def train(
         prepared.held_out,
         callbacks=[MetricsFile(plan.tokens // plan.steps, report=report if main else None), ChoiceLog()],
         gate_entropy=configuration.training.gate_entropy,
+        label_smoothing=configuration.training.label_smoothing,
         tokenizer=prepared.tokenizer,
         keep=configuration.output.keep,
         note=note if main else None,
@@ -165,30 +118,24 @@ def prepare(
     chosen = select(model, training.parts)
     if training.gate_entropy:
         gate_entropy(model)  # raises where there is none
-    opened = open_stream if data.streaming else open_store
-    rows, held_out, epoch_rows = opened(configuration, tokenizer, model, progress)
-    steps = training.steps or math.ceil(float(training.epochs or 0) * (epoch_rows or 0) / training.batch_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = TrainPlan(
-        parameters=parameters,
+    state = PartialState()
+    share = Share(state.process_index, state.num_processes, state.main_process_first)
+    found = open_rows(configuration, tokenizer, vocabulary=embedding_rows(model), share=share, progress=progress)
+    plan = plan_run(
+        configuration,
+        found,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=chosen.count,
-        rows=epoch_rows,
-        held_out_rows=0 if held_out is None else len(held_out),
-        steps=steps,
-        epochs=steps * training.batch_size / epoch_rows if epoch_rows else None,
-        tokens=steps * training.batch_size * data.sequence_length,
         accumulation=accumulation,
         processes=processes,
         precision=str(precision).removeprefix("torch."),
         device=device,
-        state_bytes=4 * parameters + 12 * chosen.count,  # float32: weight; gradient and two moments where trained
-        checkpoint_bytes=4 * parameters + 8 * chosen.count,
     )
-    training.decay(steps)
+    held_out = None if found.held_out is None else RowDataset(found.held_out, found.held_out_count)
     check_free_space(configuration.output.folder, (configuration.output.keep + 1) * plan.checkpoint_bytes)
     arguments = training_arguments(
         configuration,
-        steps=steps,
+        steps=plan.steps,
         accumulation=accumulation,
         device=device,
         precision=precision,
@@ -196,9 +143,11 @@ def prepare(
     )
     if held_out is None and note is not None:
         note("no document is held out (data.held_out, or too little text): the run is not evaluated")
-    count = steps * training.batch_size
+    count = plan.steps * training.batch_size
     dataset = (
-        StreamDataset(rows, count, process=PartialState().process_index) if data.streaming else RowDataset(rows, count)
+        StreamDataset(found.training, count, process=share.index)
+        if data.streaming
+        else RowDataset(found.training, count)
     )
     return Prepared(configuration, model, tokenizer, dataset, held_out, plan, arguments)
 
@@ -210,88 +159,6 @@ def start_processes() -> tuple[str, int]:
     return state.device.type, state.num_processes
 
 
-def open_store(
-    configuration: TrainConfiguration,
-    tokenizer: Any,
-    model: PreTrainedModel,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Any, RowDataset | None, int | None]:
-    """(rows of the run, held-out rows or None, rows of an epoch). The first process tokenises, the others wait."""
-    data, seed = configuration.data, configuration.training.seed
-    folder = Path(data.store or Path(configuration.output.folder) / "data")
-    with PartialState().main_process_first():
-        store = build_store(
-            folder,
-            data.sources,
-            tokenizer,
-            end_of_document=data.end_of_document,
-            held_out=data.held_out,
-            progress=progress,
-        )
-    store.check_vocabulary(embedding_rows(model))
-    length = data.sequence_length
-    weights = [source.weight for source in data.sources]
-    if not data.packing and any(weight != 1 for weight in weights):
-        raise ValueError("data.sources: weights need data.packing: true")
-    rows: Any
-    if data.packing:
-        rows = PackedRows(store, length, seed=seed, weights=weights)
-    else:
-        rows = SeparateRows(store, length, seed=seed, pad_token=tokenizer.pad_token_id or 0)
-    held_out = held_out_rows(store.held_out, configuration, tokenizer.pad_token_id or 0)
-    return rows, held_out, len(rows)
-
-
-def open_stream(
-    configuration: TrainConfiguration, tokenizer: Any, model: PreTrainedModel, progress: Any
-) -> tuple[Any, RowDataset | None, None]:
-    """As `open_store`, without a store: documents are read and tokenised while the run goes on."""
-    from neuroweave.training.streaming import StreamedRows
-
-    data, training, state = configuration.data, configuration.training, PartialState()
-    if not data.packing or training.steps is None or training.workers:
-        raise ValueError("data.streaming needs data.packing: true, training.steps (not epochs) and training.workers: 0")
-
-    def stream(**options: Any) -> StreamedRows:
-        return StreamedRows(
-            data.sources,
-            tokenizer,
-            data.sequence_length,
-            held_out=data.held_out,
-            end_of_document=data.end_of_document,
-            vocabulary_size=embedding_rows(model),
-            **options,
-        )
-
-    rows = stream(seed=training.seed, process_index=state.process_index, process_count=state.num_processes)
-    if not data.held_out:
-        return rows, None, None
-    aside = stream(part="held_out", repeat=False)
-    kept = list(itertools.islice(aside, configuration.metrics.held_out_rows))
-    aside.close()
-    return rows, RowDataset(ListedRows(kept), len(kept)) if kept else None, None
-
-
-@dataclass(frozen=True)
-class ListedRows:
-    """Rows that are in memory."""
-
-    rows: list[dict[str, Any]]
-
-    def row(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-def held_out_rows(store: TokenStore | None, configuration: TrainConfiguration, pad_token: int) -> RowDataset | None:
-    """The rows of the held-out documents, in order; None where there are none."""
-    if store is None or store.tokens < 2:
-        return None
-    data = configuration.data
-    kind: Any = PackedRows if data.packing else SeparateRows
-    rows = kind(store, data.sequence_length, pad_token=pad_token)
-    return RowDataset(rows, min(len(rows), configuration.metrics.held_out_rows))
-
-
 def write_model(trainer: GuardedTrainer, prepared: Prepared, result: TrainResult) -> None:
     """The trained model in RUN/model, whole or not at all, with its tokenizer and `training.json`."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
@@ -299,13 +166,7 @@ def write_model(trainer: GuardedTrainer, prepared: Prepared, result: TrainResult
     if state:  # of tied tensors one is stored
         state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     if trainer.args.process_index == 0:
-        record = {
-            "neuroweave": __version__,
-            "configuration": prepared.configuration.model_dump(mode="json"),
-            "plan": result.plan.as_dict(),
-            "loss": result.loss,
-            "held_out_loss": result.held_out_loss,
-        }
+        record = result.record(prepared.configuration)
         with staged_folder(result.model, overwrite=True) as folder, trainer.configuration_as_given():
             model.save_pretrained(folder, state_dict=state)
             prepared.tokenizer.save_pretrained(folder)

@@ -1,9 +1,10 @@
-"""Bring a patched model back to its teacher in closed form: layer by layer, without a gradient.
+"""Bring a patched model back to its teacher, layer by layer: in closed form, and further by gradient where asked.
 
 In each layer, in this order: the MLP's neurons are matched (and, for a segment mixture, ordered by what each loses),
 then the attention's output projection and the MLP's down projection are solved again by ridge least squares, so that
-the patched layer lands on the teacher's residual stream. The patched layer reads what the layers before it now give,
-so an error made earlier is corrected later. Letters: B windows, T tokens, C hidden size, M neurons.
+the patched layer lands on the teacher's residual stream; with `refine`, all of the MLP is then trained towards it. The
+patched layer reads what the layers before it now give, so an error made earlier is corrected later. Letters: B windows,
+T tokens, C hidden size, M neurons.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture
 from neuroweave.surgery.calibration.landing import Landing, find_landing
 from neuroweave.surgery.calibration.neurons import Function, assign, match
 from neuroweave.surgery.calibration.projections import scale_projections
+from neuroweave.surgery.calibration.refine import refine
 from neuroweave.surgery.calibration.ridge import RidgeSums
 from neuroweave.surgery.calibration.stream import LayerStream, listening, silenced
 from neuroweave.surgery.mlp_parts import MlpParts, find_mlp, is_linear
@@ -36,23 +38,28 @@ RIDGE = 1e-3
 class CalibrationOptions:
     """`ridge`: pull towards the present weights, relative to the Gram matrix's mean diagonal. `match`: scale neurons,
     and the outputs of projections that got an activation; `order`: choose which neurons run which segment; `attention`:
-    solve the attention's output projection as well."""
+    solve the attention's output projection as well; `refine`: passes over the text in which all weights of each MLP are
+    trained on its own error."""
 
     ridge: float = RIDGE
     match: bool = True
     order: bool = True
     attention: bool = True
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}")
+        if self.refine < 0:
+            raise ValueError(f"refine must not be negative, got {self.refine}")
 
 
 @dataclass
 class CalibratedLayer:
     """What happened in one layer. Errors are |patched - teacher|^2 / |teacher's change in this layer|^2 of the stream
     behind it, before and after, on the first `SAMPLE` tokens; `scaled`: neurons whose scales are not 1; `moved`:
-    neurons in another segment; `scaled_outputs`: the same of projections with an activation, by name."""
+    neurons in another segment; `scaled_outputs`: the same of projections with an activation, by name; `refined`:
+    whether training its MLP brought it closer on windows that were held out of that."""
 
     layer: int
     error_before: float = 0.0
@@ -60,6 +67,7 @@ class CalibratedLayer:
     scaled: int = 0
     moved: int = 0
     scaled_outputs: dict[str, int] = field(default_factory=dict)
+    refined: bool = False
     solved: list[str] = field(default_factory=list)
     left_out: str = ""
 
@@ -151,6 +159,8 @@ def calibrate_layer(
     if parts.mlp is not None:
         solve(given, parts.mlp.down, parts.down_landing, None, targets, options.ridge)
         done.solved.append("mlp.down")
+        if options.refine and parts.down_landing is not None:
+            done.refined = refine(given, parts.mlp, parts.down_landing, targets, passes=options.refine, seed=given.at)
     else:
         done.left_out = parts.reason
     store_weights(given, weights)
