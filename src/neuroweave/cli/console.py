@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,3 +148,20 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def note(message: str) -> None:
     """One line for the person, kept out of what a program would read."""
     click.echo(message, err=True)
+
+
+def require_jax() -> None:
+    """Raise ValueError, with what to install, unless JAX and what trains with it are there."""
+    missing = [name for name in ("jax", "optax", "orbax.checkpoint") if not found(name)]
+    if missing:
+        raise ValueError(
+            f"--backend jax needs {', '.join(missing)}, which is not installed; pip install 'neuroweave[jax]' (on an "
+            f"accelerator also jax[tpu] or jax[cuda13]), or use --backend torch"
+        )
+
+
+def found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that is not there
+        return False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from neuroweave.cli.console import json_option, note, print_json, progress
+from neuroweave.cli.console import json_option, note, print_json, progress, require_jax
 
 PRESETS = ("laptop", "published")
 
@@ -27,7 +29,7 @@ PRESETS = ("laptop", "published")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--init", type=click.Choice(PRESETS), help="Print a commented configuration and stop.")
 @click.option("--set", "settings", metavar="A.B=VALUE", multiple=True, help="A field, over what the file says.")
-@click.option("--backend", type=click.Choice(["torch"]), default="torch", show_default=True)
+@click.option("--backend", type=click.Choice(["torch", "jax"]), default="torch", show_default=True)
 @click.option("--resume/--fresh", default=None, help="Insist on a checkpoint, or start anew and drop those there are.")
 @click.option("--dry-run", is_flag=True, help="Tokenise and check everything, say what would happen, train nothing.")
 @json_option
@@ -45,11 +47,10 @@ def command(
     configuration = read_configuration(config, settings)
     from transformers.utils import logging
 
-    from neuroweave.training.agreement import is_first
     from neuroweave.training.outcome import TrainPlan
-    from neuroweave.training.train import prepare, train
 
     logging.disable_progress_bar()
+    prepare, train, is_first = functions_of(backend)
     main = is_first()
 
     def say_plan(plan: TrainPlan) -> None:
@@ -86,3 +87,18 @@ def command(
     click.echo(
         f"{result.model}: {result.plan.steps:,} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{held_out}"
     )
+
+
+def functions_of(backend: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], bool]]:
+    """(prepare, train, whether this is the first process). Raises ValueError where the backend is not installed."""
+    if backend == "torch":
+        from neuroweave.training.agreement import is_first
+        from neuroweave.training.train import prepare, train
+
+        return prepare, train, is_first
+    require_jax()
+    from neuroweave.training import jax_processes
+    from neuroweave.training.jax_loop import prepare_with_jax, train_with_jax
+
+    jax_processes.join_processes()
+    return prepare_with_jax, train_with_jax, jax_processes.is_first

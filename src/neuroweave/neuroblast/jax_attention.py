@@ -34,4 +34,9 @@ def plain_attention(
     return jnp.einsum("bgnts,bsgd->btgnd", weights, value_BSGD).reshape(B, T, H, D)
 
 
+def default_attention(platform: str) -> str:
+    """The name in `ATTENTION` to use on a kind of device."""
+    return "splash" if platform == "tpu" else "plain"
+
+
 ATTENTION: dict[str, Callable[..., Any]] = {"plain": plain_attention}

@@ -211,6 +211,10 @@ class TrainConfiguration(Section):
         flat = dict(flatten(self.model_dump(mode="json")))
         return {name: value for name, value in flat.items() if not name.startswith(FREE)}
 
+    def what_all_hosts_share(self) -> dict[str, Any]:
+        """Every field, by dotted name: the hosts of one run must agree on all of them."""
+        return dict(flatten(self.model_dump(mode="json")))
+
     def fingerprint(self) -> str:
         text = json.dumps(self.what_shapes_the_run(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -35,24 +35,90 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-class MetricsFile(TrainerCallback):
-    """Writes `metrics.jsonl` in the run's folder and tells a line per entry to `report`.
+class RunMetrics:
+    """Writes `metrics.jsonl` in the run's folder and tells a line per entry to `report`, whatever framework trains.
 
-    `tokens_per_step`: of all processes together. `report`: gets one line of text, without a newline.
+    `tokens_per_step`: of all processes together. `report`: gets one line of text, without a newline. `memory`: the most
+    that was held, in GB. `trackers`: accelerate's, started, that hear of every entry too.
     """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        tokens_per_step: int,
+        report: Callable[[str], None] | None = None,
+        memory: Callable[[], float] | None = None,
+        trackers: Sequence[Any] = (),
+    ) -> None:
+        self.path, self.tokens_per_step, self.report = Path(folder) / METRICS_FILE, tokens_per_step, report
+        self.memory, self.trackers = memory or memory_gb, trackers
+        self.began = self.last_time = time.perf_counter()
+        self.last_step = 0
+
+    def begin(self, step: int) -> None:
+        """The run starts, or goes on, after `step` steps."""
+        self.began = self.last_time = time.perf_counter()
+        self.last_step = step
+        cut_after(self.path, step)
+
+    def tell(self, step: int, values: dict[str, Any], *, total: int) -> None:
+        """An entry: of training where `values` have a loss, else of something that was measured meanwhile."""
+        now = time.perf_counter()
+        entry: dict[str, Any] = {"step": step, **values}
+        if "loss" in values:
+            entry["tokens"] = step * self.tokens_per_step
+            entry["tokens_per_second"] = (
+                (step - self.last_step) * self.tokens_per_step / max(now - self.last_time, 1e-9)
+            )
+            entry["memory_gb"] = self.memory()
+            self.last_step = step
+        entry["seconds"] = now - self.began
+        self.last_time = now  # an evaluation's seconds are not the training's
+        append_line(self.path, entry)
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in entry.items() if name != "step"}, step=step)
+        if self.report is not None:
+            self.report(as_text(entry, total=total))
+
+    def pause(self) -> None:
+        """What was done since the last entry (a save) is not the training's time."""
+        self.last_time = time.perf_counter()
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def start_trackers(names: Sequence[str], run: Path) -> list[Any]:
+    """accelerate's trackers of these names, for a loop that is not transformers' Trainer."""
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState(cpu=True)  # the trackers ask it which process this is
+    started = []
+    for name in names:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        tracker = kind(run.name, run / name) if kind.requires_logging_directory else kind(run.name)
+        tracker.start()
+        started.append(tracker)
+    return started
+
+
+class MetricsFile(TrainerCallback):
+    """`RunMetrics` of a run of transformers' Trainer; its arguments."""
 
     def __init__(self, tokens_per_step: int, *, report: Callable[[str], None] | None = None) -> None:
         self.tokens_per_step, self.report = tokens_per_step, report
-        self.began = self.last_time = time.perf_counter()
-        self.last_step = 0
+        self.metrics: RunMetrics | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.began = self.last_time = time.perf_counter()
-        self.last_step = state.global_step
         if state.is_world_process_zero:
-            cut_after(Path(str(args.output_dir)) / METRICS_FILE, state.global_step)
+            self.of(args).begin(state.global_step)
 
     def on_log(
         self,
@@ -64,23 +130,17 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        now = time.perf_counter()
         kept = {name: value for name, value in logs.items() if name != "epoch" and not name.endswith("_per_second")}
-        entry: dict[str, Any] = {"step": state.global_step, **kept}
-        if "loss" in logs:
-            steps = state.global_step - self.last_step
-            entry["tokens"] = state.global_step * self.tokens_per_step
-            entry["tokens_per_second"] = steps * self.tokens_per_step / max(now - self.last_time, 1e-9)
-            entry["memory_gb"] = memory_gb()
-            self.last_step = state.global_step
-        entry["seconds"] = now - self.began
-        self.last_time = now  # an evaluation's seconds are not the training's
-        append_line(Path(str(args.output_dir)) / METRICS_FILE, entry)
-        if self.report is not None:
-            self.report(as_text(entry, total=state.max_steps))
+        self.of(args).tell(state.global_step, kept, total=state.max_steps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.last_time = time.perf_counter()
+        if self.metrics is not None:
+            self.metrics.pause()
+
+    def of(self, args: TrainingArguments) -> RunMetrics:
+        if self.metrics is None:  # an evaluation may come before the training
+            self.metrics = RunMetrics(str(args.output_dir), tokens_per_step=self.tokens_per_step, report=self.report)
+        return self.metrics
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
@@ -120,8 +180,11 @@ def memory_gb() -> float:
     """The most memory that this process has held: on the accelerator where there is one, else its resident set."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resident_gb()
+
+
+def resident_gb() -> float:
+    """The most memory that this process has held."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from neuroweave.checkpoint.loading import check_source, check_weights, cpu_multiplies_bfloat16, load_tokenizer
-from neuroweave.neuroblast.configuration import PRESETS, build_configuration
-from neuroweave.neuroblast.fresh import check_settings, tokenizer_for
+from neuroweave.neuroblast.configuration import PRESETS, NeuroBlastConfig, build_configuration
+from neuroweave.neuroblast.fresh import SPECIAL_TOKENS, check_settings, tokenizer_for
 from neuroweave.neuroblast.modeling import NeuroBlastForCausalLM
 from neuroweave.training.configuration import TrainConfiguration
 
@@ -44,11 +44,7 @@ def build_model(configuration: TrainConfiguration, tokenizer: PreTrainedTokenize
         )
     options = {} if attention == "auto" else {"attn_implementation": attention}
     if configuration.model.path is None:
-        fields = PRESETS[configuration.model.preset][0] | check_settings(configuration.model.settings)
-        ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        if given := sorted({"vocab_size", *ids} & set(configuration.model.settings)):
-            raise ValueError(f"model.settings: {', '.join(given)}: the tokenizer decides; leave it out")
-        config = build_configuration(fields | {"vocab_size": len(tokenizer)} | ids)
+        config = fresh_configuration(configuration, tokenizer)
         return NeuroBlastForCausalLM._from_config(config, dtype=torch.float32, **options)
     source = configuration.model.path
     check_source(source)
@@ -57,6 +53,15 @@ def build_model(configuration: TrainConfiguration, tokenizer: PreTrainedTokenize
     config = AutoConfig.from_pretrained(folder)
     check_match(tokenizer, config.get_text_config().vocab_size, folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def fresh_configuration(configuration: TrainConfiguration, tokenizer: PreTrainedTokenizerBase) -> NeuroBlastConfig:
+    """Of a NeuroBLAST that is to be trained from nothing. Raises ValueError for bad settings."""
+    fields = PRESETS[configuration.model.preset][0] | check_settings(configuration.model.settings)
+    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
+    if given := sorted({"vocab_size", *ids} & set(configuration.model.settings)):
+        raise ValueError(f"model.settings: {', '.join(given)}: the tokenizer decides; leave it out")
+    return build_configuration(fields | {"vocab_size": len(tokenizer)} | ids)
 
 
 def local(source: str) -> Path:

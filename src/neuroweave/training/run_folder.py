@@ -15,8 +15,11 @@ from neuroweave.training.safe_checkpoints import checkpoint_folders, last_sealed
 RUN_FILE = "run.json"
 
 
-def check_run_folder(configuration: TrainConfiguration, *, resume: bool | None, main: bool) -> None:
-    """Refuse a folder that is not a run's, or a run of another configuration. With `resume` False, clear it."""
+def check_run_folder(
+    configuration: TrainConfiguration, *, resume: bool | None, main: bool, backend: str = "torch"
+) -> None:
+    """Refuse a folder that is not a run's, or a run of another configuration or backend. With `resume` False, clear
+    it."""
     run = Path(configuration.output.folder)
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: output.folder is a file; give a folder")
@@ -33,12 +36,18 @@ def check_run_folder(configuration: TrainConfiguration, *, resume: bool | None, 
             clear_run(run)
         return
     if checkpoint_folders(run):
-        check_same_run(configuration, run)
+        check_same_run(configuration, run, backend)
 
 
-def check_same_run(configuration: TrainConfiguration, run: Path) -> None:
+def check_same_run(configuration: TrainConfiguration, run: Path, backend: str) -> None:
     """Raise ValueError when the run was begun with other settings, naming them."""
-    began = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["configuration"]
+    content = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    if (theirs := content.get("backend", "torch")) != backend:
+        raise ValueError(
+            f"{run}: was begun with --backend {theirs}, whose checkpoints {backend} does not read; go on with that, or "
+            f"give the model in it as model.path of a new run"
+        )
+    began = content["configuration"]
     now = configuration.what_shapes_the_run()
     other = [name for name in sorted({*began, *now}) if began.get(name) != now.get(name)]
     if other:
@@ -56,10 +65,10 @@ def clear_run(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def write_run_file(configuration: TrainConfiguration) -> None:
+def write_run_file(configuration: TrainConfiguration, *, backend: str = "torch") -> None:
     run = Path(configuration.output.folder)
     run.mkdir(parents=True, exist_ok=True)
-    content = {"neuroweave": __version__, "configuration": configuration.what_shapes_the_run()}
+    content = {"neuroweave": __version__, "backend": backend, "configuration": configuration.what_shapes_the_run()}
     draft = run / f".{RUN_FILE}.partial"
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, run / RUN_FILE)

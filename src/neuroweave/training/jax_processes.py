@@ -1,0 +1,157 @@
+"""The hosts of a JAX run: how they find each other, and what they tell each other between steps.
+
+`JAX_COORDINATOR_ADDRESS`, `JAX_PROCESS_COUNT` and `JAX_PROCESS_INDEX` join them; on a cloud pod, under Slurm or MPI,
+JAX finds the others itself. JAX reads only the first of the three variables by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from neuroweave.training.configuration import TrainConfiguration
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_INDEX"
+TIMEOUT = "JAX_INITIALIZATION_TIMEOUT"  # ours: seconds that a host waits for the others
+DEFAULT_TIMEOUT = 300
+# Of what starts one process on each of several hosts: JAX asks it who the others are.
+LAUNCHERS = {"SLURM_NTASKS": "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+
+
+def join_processes(environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other hosts, if the environment names any; to be called before JAX is used.
+
+    Raises ValueError for variables that are incomplete or wrong, and for a coordinator that does not answer.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {name: environment[name] for name in (ADDRESS, COUNT, INDEX) if environment.get(name)}
+    if not given:
+        if of_a_pod(environment):
+            jax.distributed.initialize()
+        return
+    if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in given]:
+        raise ValueError(f"{', '.join(given)}: set, but not {', '.join(missing)}; hosts are joined by all three")
+    count, index = (whole_number(name, given[name]) for name in (COUNT, INDEX))
+    timeout = whole_number(TIMEOUT, environment.get(TIMEOUT) or str(DEFAULT_TIMEOUT))
+    if count < 1 or index >= count:
+        raise ValueError(f"{INDEX}={index} and {COUNT}={count}: indices go from 0 to the count, which is left out")
+    if count == 1:
+        return
+    if index:
+        wait_for_coordinator(given[ADDRESS], timeout)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=given[ADDRESS], num_processes=count, process_id=index, initialization_timeout=timeout
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"{ADDRESS}={given[ADDRESS]}: the {count} processes did not come together within {timeout} s "
+            f"({one_line(error)}); is one started on each host with {INDEX} 0 to {count - 1}?"
+        ) from error
+
+
+def of_a_pod(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher or a TPU pod says that there are several hosts."""
+    if len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or environment.get("MEGASCALE_NUM_SLICES"):
+        return True
+    sizes = [environment.get(size, "1") for size, sign in LAUNCHERS.items() if environment.get(sign)]
+    return any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def whole_number(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"{name}={text!r}: a whole number was expected")
+    return int(text)
+
+
+def wait_for_coordinator(address: str, timeout: int) -> None:
+    """Return when something listens there. JAX would end the process without a word of which address it was."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise ValueError(f"{ADDRESS}={address!r}: HOST:PORT was expected, such as 10.0.0.1:1234")
+    until, reason = time.monotonic() + timeout, ""
+    while time.monotonic() < until:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=min(5, timeout)):
+                return
+        except OSError as error:
+            reason = str(error)
+            time.sleep(0.2)
+    raise ValueError(
+        f"{ADDRESS}={address}: no coordinator answered within {timeout} s ({reason}); is the process with {INDEX}=0 "
+        f"running there, and does its firewall let this port through? {TIMEOUT} sets the seconds"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# ------------------------------------------------------------------------------------------------------ agreement
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_ahead() -> Iterator[None]:
+    """The first process runs the block alone, then all others; when it fails, they are told."""
+    if jax.process_count() == 1:
+        yield
+        return
+    if is_first():
+        problem: str | None = None
+        try:
+            yield
+        except BaseException as error:
+            problem = str(error) or type(error).__name__
+            raise
+        finally:
+            from_all(problem)
+        return
+    problem = from_all(None)[0]
+    if problem is not None:
+        raise ValueError(f"process 0 failed: {problem}")
+    yield
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process hands in (JSON values), in order; a collective."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([len(raw)], dtype=np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), dtype=np.uint8)
+    padded[: len(raw)] = raw
+    every = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(bytes(row[:size])) for row, size in zip(every, sizes, strict=True)]
+
+
+def anybody(asked: bool) -> bool:
+    """Whether any process says so; a collective."""
+    return any(from_all(asked))
+
+
+def check_agreement(configuration: TrainConfiguration) -> None:
+    """Raise ValueError, on all hosts, when they were started with other settings, naming those."""
+    mine = configuration.what_all_hosts_share()
+    every = from_all(mine)
+    other = sorted({name for each in every for name in {*each, *every[0]} if each.get(name) != every[0].get(name)})
+    if other:
+        said = "; ".join(
+            f"{name} is {', '.join(f'{each.get(name)!r} on host {i}' for i, each in enumerate(every))}"
+            for name in other[:3]
+        )
+        raise ValueError(f"the hosts were started with different settings ({said}); give all of them the same file")
