@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,8 @@ from filelock import FileLock
 from neuroweave.checkpoint import embedded_gguf, import_checkpoint
 
 _MODELS = "models"
+# Before anything imports JAX: its tests lay models over eight devices of one CPU.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 
 def _models_folder(factory: pytest.TempPathFactory, worker: str) -> Path:
@@ -49,6 +52,19 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def gemma3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gemma3_gguf: Path) -> Path:
     """Gemma 3 270M as a checkpoint folder of two shards, float32. Do not write into it."""
     return _imported(_models_folder(tmp_path_factory, _worker(request)) / "gemma3", gemma3_gguf, max_shard_size="700MB")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of words, and sixty documents of them."""
+    from tiny_llama import texts, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("corpus")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "texts").mkdir()
+    for text in texts(60, 70):
+        (folder / "texts" / f"{text.name}.txt").write_text(text.text, encoding="utf-8")
+    return folder
 
 
 def _imported(folder: Path, gguf: Path, max_shard_size: str = "2GB") -> Path:

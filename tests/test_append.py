@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from fusion_models import deltas_for, llama_config, mlp_names, weights, write_checkpoint
-from neuroweave.surgery.fusion.fuse import fuse_checkpoint, stored_deltas
-from neuroweave.surgery.fusion.plan import FuseOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from neuroweave.cli.main import main
+from neuroweave.surgery.fusion.fuse import fuse_checkpoint, stored_deltas
+from neuroweave.surgery.fusion.plan import FuseOptions
 
 ADDED = 13
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.fft
+
 from neuroweave.surgery.neurons.frames import (
     GRID,
     LARGEST,

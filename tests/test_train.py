@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from tiny_llama import texts, tiny_model, tiny_tokenizer
+from tiny_llama import tiny_model, tiny_tokenizer
 from tiny_training import losses, make_trainer, tiny_neuroblast
+from training_runs import content, written
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_wsd_schedule
 
 from neuroweave.training.arguments import checkpointing_field
@@ -33,49 +33,10 @@ from neuroweave.training.torch_loop import stack_rows
 from neuroweave.training.train import prepare, train
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of words, and sixty documents of them."""
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    (folder / "texts").mkdir()
-    for text in texts(60, 70):
-        (folder / "texts" / f"{text.name}.txt").write_text(text.text, encoding="utf-8")
-    return folder
-
-
-def content(corpus: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of seconds; `sections` are put over it."""
-    base: dict[str, Any] = {
-        "model": {
-            "preset": "tiny",
-            "settings": {
-                "hidden_size": 32,
-                "num_sensory_layers": 2,
-                "num_associative_layers": 2,
-                "num_motor_layers": 1,
-            },
-        },
-        "tokenizer": {"path": str(corpus / "tokenizer")},
-        "data": {"sources": [{"path": str(corpus / "texts")}], "sequence_length": 32, "held_out": 0.1},
-        "training": {"steps": 6, "batch_size": 4, "micro_batch_size": 2, "precision": "float32", "warmup_steps": 2},
-        "metrics": {"log_every": 1},
-        "output": {"folder": str(out), "save_every": 3},
-    }
-    for name, section in sections.items():
-        base[name] = base[name] | section
-    return base
-
-
 def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "neuroweave", "train", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
-
-
-def written(path: Path, value: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(value), encoding="utf-8")
-    return path
 
 
 # ------------------------------------------------------------------------------------------------------ end to end

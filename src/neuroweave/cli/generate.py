@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, note, print_json
+from neuroweave.cli.console import json_option, note, print_json, require_jax
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from neuroweave.cli.streaming import Continuation
+    from neuroweave.cli.streaming import Continuation, Writer
 
 SEEDS = 2**32
 
@@ -52,22 +52,24 @@ SEEDS = 2**32
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
+@click.option(
+    "--backend", type=click.Choice(["torch", "jax"]), default="torch", show_default=True, help="jax: NeuroBLAST models."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 @click.option("--stats", is_flag=True, help="One line on stderr at the end: tokens and tokens per second.")
 @click.option("--verbose", is_flag=True, help="Say on stderr how the model was loaded and how tokens are chosen.")
 @json_option
 def command(
     model: str, prompt: str | None, file: Path | None, chat: bool | None, system: str | None, new_tokens: int,
-    seed: int | None, assistant: str | None, dtype: str, device: str, stats: bool, verbose: bool, as_json: bool,
-    **options: Any,
+    seed: int | None, assistant: str | None, dtype: str, backend: str, device: str, stats: bool, verbose: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    from neuroweave.cli.streaming import Writer
-
+    kind = writer_of(backend)
     chosen = decoding(**options)
     if assistant and "prompt_lookup_num_tokens" in chosen:
         raise ValueError("--assistant and --prompt-lookup both draft tokens; give one of them")
     text = read_prompt(prompt, file)
-    writer = Writer.load(model, assistant=assistant, dtype=dtype, device=device)
+    writer = kind.load(model, assistant=assistant, dtype=dtype, device=device)
     ids, templated = writer.encode(text, chat=chat, system=system)
     limit = writer.room(ids, new_tokens)
     config = writer.settings(chosen, limit, chat=templated)
@@ -85,6 +87,18 @@ def command(
         note(summary(result))
     if result["stopped"] == "context" and not as_json:
         note(f"the context is full: {len(ids)} tokens of prompt and {limit} new ones")
+
+
+def writer_of(backend: str) -> type[Writer]:
+    """What loads a model and writes with it. Raises ValueError where the backend is not installed."""
+    from neuroweave.cli.streaming import Writer
+
+    if backend == "torch":
+        return Writer
+    require_jax()
+    from neuroweave.cli.jax_writing import JaxWriter
+
+    return JaxWriter
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroweave.activations.jax import Function, build_function
-from neuroweave.neuroblast.jax_attention import ATTENTION
+from neuroweave.neuroblast.jax_attention import ATTENTION, Sight
 from neuroweave.neuroblast.layer_plan import BRIDGES, STAGES, PlannedLayer
 from neuroweave.neuroblast.tensor_table import Block, Edit, blocks_of, edits_by_module, layer_edits, tensor_table
 from neuroweave.neuroblast.weight_map import EMBEDDING, HEAD
@@ -53,13 +53,13 @@ class Computation:
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer is given. `cos`, `sin` [B, T, D]; `masks` by attention layer type [B, T, S]; `padding` [B, T]:
-    False where a token is padding; `within` [B, T]: the token's place in its document, where rows are packed;
-    `causal_only`: the mask says nothing but which tokens came before."""
+    """What every layer is given. `cos`, `sin` [B, T, D]; `sights`: what tokens see, by the layer's type;
+    `padding` [B, T]: False where a token is padding; `within` [B, T]: the token's place in its document, where rows are
+    packed; `seen`: tokens in the cache."""
 
     cos: Array
     sin: Array
-    masks: dict[str, Array]
+    sights: dict[str, Sight]
     padding: Array | None
     within: Array | None
     dropout_key: Array | None
@@ -188,13 +188,15 @@ class Layer:
         key_heads, value = key_heads.astype(dtype), value.astype(dtype)
         if cache is not None:
             cache, key_heads, value = remember(cache, key_heads, value, context.seen)
-        out = ATTENTION[self.computation.attention](
+        kind = self.computation.attention if cache is None else "plain"
+        out = ATTENTION[kind](
             query.astype(dtype),
             key_heads,
             value,
-            context.masks[self.planned.type],
+            context.sights[self.planned.type],
             scale=config.head_dim**-0.5,
             drop=functools.partial(dropout, rate=config.attention_dropout, key=key),
+            sharding=self.computation.sharding,
         )
         out = self.linear(weights, "self_attn.o_proj", out.reshape(*x.shape[:2], -1))
         return h + out.astype(h.dtype), cache
@@ -394,11 +396,13 @@ class NeuroBlast:
         mask = (keys_S <= index_T[:, None])[None] & (keys_S >= first_BT[..., None])
         if valid_BS is not None:
             mask = mask & valid_BS[:, None]
-        masks = {"full_attention": mask}
-        if self.config.sliding_window:
-            masks["sliding_attention"] = mask & (index_T[:, None] - keys_S < self.config.sliding_window)
+        documents = first_BT if packed else None
+        sights = {"full_attention": Sight(mask, documents)}
+        if window := self.config.sliding_window:
+            near = index_T[:, None] - keys_S < window
+            sights["sliding_attention"] = Sight(mask & near, documents, window)
         cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
-        return Context(cos, sin, masks, padding, within, dropout_key, seen), cache
+        return Context(cos, sin, sights, padding, within, dropout_key, seen), cache
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens in each of `batch` rows: keys and values, and the columns that taps reach."""

@@ -128,7 +128,7 @@ def prepare_with_jax(
         origin = origin_of(configuration, tokenizer)
     config, edits = (origin.config, origin.plan) if isinstance(origin, StoredModel) else (origin, [])
     dtype = compute_dtype(training.precision)
-    model = NeuroBlast(config, edits, computation=computation_of(configuration, mesh, dtype))
+    model = NeuroBlast(config, edits, computation=computation_of(configuration, config, mesh, dtype))
     share = Share(jax.process_index(), jax.process_count(), first_ahead)
     rows = open_rows(configuration, tokenizer, vocabulary=config.vocab_size, share=share, progress=progress)
     parameters = sum(math.prod(row.array_shape) for row in model.table)
@@ -183,12 +183,15 @@ def compute_dtype(precision: str) -> Any:
     return jnp.float32 if precision == "float32" or (precision == "auto" and on_cpu) else jnp.bfloat16
 
 
-def computation_of(configuration: TrainConfiguration, mesh: Any, dtype: Any) -> Computation:
+def computation_of(configuration: TrainConfiguration, config: Any, mesh: Any, dtype: Any) -> Computation:
+    """Raises ValueError where the attention that is asked for cannot train this model."""
     training, remat = configuration.training, configuration.jax.remat
     if remat == "auto":
         remat = "full" if training.gradient_checkpointing else "none"
-    own = default_attention(jax.devices()[0].platform)
+    own = default_attention(jax.devices()[0].platform, dropout=config.attention_dropout)
     kind = {"auto": own, "eager": "plain"}.get(training.attention, training.attention)
+    if kind == "splash" and config.attention_dropout:
+        raise ValueError("training.attention: splash has no dropout; leave attention_dropout at 0, or say eager")
     return Computation(dtype=dtype, attention=kind, remat=remat, sharding=jax_mesh.place_hidden(mesh))
 
 

@@ -91,7 +91,7 @@ def gather(stream: LayerStream, mlp: MlpParts, landing: Landing, targets: dict[i
 def descend(mlp: MlpParts, landing: Landing, pairs: Pairs, parameters: list[Any], *, passes: int, seed: int) -> None:
     """AdamW over shuffled tokens, its rate rising in `WARMUP` steps and falling to 0."""
     groups = [{"params": [each], "size": float(each.detach().pow(2).mean().sqrt()) or 1.0} for each in parameters]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     draw = torch.Generator().manual_seed(seed)
     batch = min(BATCH, len(pairs.inputs))
     steps = passes * (len(pairs.inputs) // batch)
