@@ -102,8 +102,9 @@ def descend(mlp: MlpParts, landing: Landing, pairs: Pairs, parameters: list[Any]
             share = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = RATE * group["size"] * share
-            optimizer.zero_grad()
-            losses(mlp, landing, pairs, rows).mean().backward()
+            found = torch.autograd.grad(losses(mlp, landing, pairs, rows).mean(), parameters)
+            for parameter, gradient in zip(parameters, found, strict=True):  # of these alone: a norm may follow
+                parameter.grad = gradient
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
