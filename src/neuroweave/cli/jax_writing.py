@@ -42,9 +42,7 @@ class JaxWriter(Writer):
         if assistant is not None:
             raise ValueError("--assistant is of the torch backend; leave it out, or use --backend torch")
         if device not in ("auto", jax.default_backend()):
-            raise ValueError(
-                f"--device {device}: JAX runs on {jax.default_backend()} here; JAX_PLATFORMS chooses another"
-            )
+            raise ValueError(f"--device {device}: JAX runs on {jax.default_backend()}; JAX_PLATFORMS chooses another")
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: the JAX backend takes {', '.join(DTYPES)}")
         check_source(source)

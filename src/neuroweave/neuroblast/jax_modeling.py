@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroweave.activations.jax import Function, build_function
@@ -62,7 +64,7 @@ class Context:
     sights: dict[str, Sight]
     padding: Array | None
     within: Array | None
-    dropout_key: Array | None
+    dropout_keys: Array | None
     seen: Array | int
 
 
@@ -97,10 +99,12 @@ def rotate(x_BTHD: Array, cos_BTD: Array, sin_BTD: Array) -> Array:
     return x_BTHD * cos_BTD[:, :, None] + jnp.concatenate((-second, first), axis=-1) * sin_BTD[:, :, None]
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    if key is None or rate == 0:
+def dropout(x: Float[Array, "B ..."], rate: float, keys: Array | None) -> Float[Array, "B ..."]:
+    """Each row drops by a key of its own [B], so that it does not matter which rows are computed together."""
+    if keys is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def causal_convolution(
@@ -157,7 +161,8 @@ class Layer:
         """(hidden states [B, T, C], this layer's cache). `number`: the layer's, which decides what is dropped."""
         if self.entering is not None:
             h = self.entering(h, below(weights, "input_activation"))
-        key = None if context.dropout_key is None else jax.random.fold_in(context.dropout_key, number)
+        keys = context.dropout_keys
+        key = None if keys is None else jax.vmap(lambda each: jax.random.fold_in(each, number))(keys)
         part = self.convolve if self.planned.is_convolution else self.attend
         h, cache = part(weights, h, context, rotary, key, cache)
         if not self.planned.is_convolution:
@@ -195,7 +200,7 @@ class Layer:
             value,
             context.sights[self.planned.type],
             scale=config.head_dim**-0.5,
-            drop=functools.partial(dropout, rate=config.attention_dropout, key=key),
+            drop=functools.partial(dropout, rate=config.attention_dropout, keys=key),
             sharding=self.computation.sharding,
         )
         out = self.linear(weights, "self_attn.o_proj", out.reshape(*x.shape[:2], -1))
@@ -298,21 +303,25 @@ class NeuroBlast:
         *,
         position_ids: Int[Array, "B T"] | None = None,
         attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
-        dropout_key: Array | None = None,
+        dropout_keys: Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T C"], Cache | None]:
         """(hidden states after the final norm, the cache with these tokens).
 
         `position_ids` that begin anew shut the documents of a row off from each other (not with a cache, where they are
-        positions and nothing more). `attention_mask`: 0 where a token is padding. `dropout_key`: None for no dropout.
+        positions and nothing more). `attention_mask`: 0 where a token is padding. `dropout_keys` [B]: None for none.
         """
         config = self.config
         table = params[EMBEDDING]
-        embedded = table[input_ids].astype(jnp.float32)
+        if self.computation.sharding is not None:  # a lookup cannot be cut along the channels that fsdp cuts
+            table = lax.with_sharding_constraint(
+                table, NamedSharding(self.computation.sharding.mesh, P("tensor", None))
+            )
+        embedded = self.constrained(table[input_ids].astype(jnp.float32))
         if config.pad_token_id is not None:  # as torch's embedding: the padding row learns nothing from being read
             padded = (input_ids == config.pad_token_id)[..., None]
             embedded = jnp.where(padded, lax.stop_gradient(embedded), embedded)
-        context, cache = self.context(input_ids, position_ids, attention_mask, dropout_key, cache)
+        context, cache = self.context(input_ids, position_ids, attention_mask, dropout_keys, cache)
         caches = [None] * len(self.blocks) if cache is None else list(cache["layers"])
         h = embedded
         for stage in STAGES:
@@ -337,6 +346,11 @@ class NeuroBlast:
         """The head's weights; the embedding's where they are tied."""
         own = {name: array for name, array in params.items() if name.startswith("lm_head.")}
         return own | ({HEAD: params[EMBEDDING]} if self.config.tie_word_embeddings else {})
+
+    def constrained(self, h: Array) -> Array:
+        """Hidden states where they are to lie."""
+        sharding = self.computation.sharding
+        return h if sharding is None else lax.with_sharding_constraint(h, sharding)
 
     # ------------------------------------------------------------------------------------------------- one block
 
@@ -371,7 +385,7 @@ class NeuroBlast:
         return lax.scan(run, (h, caches), (jnp.arange(count), weights, turns))[0]
 
     def context(
-        self, input_ids: Array, position_ids: Any, attention_mask: Any, dropout_key: Any, cache: Cache | None
+        self, input_ids: Array, position_ids: Any, attention_mask: Any, dropout_keys: Any, cache: Cache | None
     ) -> tuple[Context, Cache | None]:
         """What the layers are given, and the cache that knows which of these tokens are padding."""
         B, T = input_ids.shape
@@ -402,7 +416,7 @@ class NeuroBlast:
             near = index_T[:, None] - keys_S < window
             sights["sliding_attention"] = Sight(mask & near, documents, window)
         cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
-        return Context(cos, sin, sights, padding, within, dropout_key, seen), cache
+        return Context(cos, sin, sights, padding, within, dropout_keys, seen), cache
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens in each of `batch` rows: keys and values, and the columns that taps reach."""

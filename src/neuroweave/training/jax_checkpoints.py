@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from neuroweave.checkpoint.staging import check_free_space
 from neuroweave.training import safe_checkpoints
@@ -27,13 +27,12 @@ Say = Callable[[str], None]
 class JaxCheckpoints:
     """The checkpoints of one run's folder. Every call is a collective: all processes must make it.
 
-    `keep`: how many stay. `note`: hears of checkpoints that are passed over. `configuration`: what the model is, for
-    whoever reads a checkpoint later.
+    `keep`: how many stay. `note`: hears of checkpoints that are passed over.
     """
 
     def __init__(self, run: str | Path, *, keep: int, note: Say | None = None) -> None:
         self.run, self.keep, self.note = Path(run).absolute(), keep, note
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
+        logging.set_verbosity(logging.ERROR)  # orbax tells every step of a save
         self.saving: tuple[int, Path] | None = None
         self.problem: BaseException | None = None
         self.sealing: threading.Thread | None = None
@@ -132,8 +131,7 @@ class JaxCheckpoints:
     def restore(self, folder: Path, like: State) -> tuple[State, dict[str, Any]]:
         """(state, data) of a checkpoint. `like`: the state's shapes, dtypes and shardings, which may be of another mesh
         than that it was saved on. Raises ValueError for a checkpoint of another model."""
-        stored = self.checkpointer.metadata(folder).item_metadata["state"]
-        check_same_arrays(folder, stored, like)
+        check_same_arrays(folder, ocp.StandardCheckpointer().metadata(folder / "state").item_metadata, like)
         found = self.checkpointer.restore(
             folder, ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
         )

@@ -46,14 +46,14 @@ def pieces_for(tokens: int, rows: int, vocabulary: int, shards: int = 1) -> int:
 
 
 def loss_sums(
-    model: NeuroBlast, params: Mapping[str, Array], batch: Batch, loss: Loss, dropout_key: Array | None = None
+    model: NeuroBlast, params: Mapping[str, Array], batch: Batch, loss: Loss, dropout_keys: Array | None = None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """(sum of -log p of the next tokens, in nats; their number) over the rows [B, T] of a batch.
 
     `batch`: `input_ids`, `labels` (the same, `IGNORED` where nothing stands before a token) and `position_ids`.
     """
     positions = batch["position_ids"] if loss.packed else None
-    h, _ = model.hidden_states(params, batch["input_ids"], position_ids=positions, dropout_key=dropout_key)
+    h, _ = model.hidden_states(params, batch["input_ids"], position_ids=positions, dropout_keys=dropout_keys)
     following = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     B, T, C = h.shape
     size = -(-T // loss.pieces)
@@ -113,8 +113,8 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
     """(the state after a step on the rows [A, B, T], its loss, gradient norm, tokens and first bad step).
 
-    A step whose loss or gradient is not finite changes no weight and is remembered as `bad_step`. Dropout of step s and
-    pass a is drawn from (seed, s, a) alone.
+    A step whose loss or gradient is not finite changes no weight and is remembered as `bad_step`. Dropout of row r
+    of step s is drawn from (seed, s, r) alone, whatever pass and device it is computed in.
     """
     params = state["params"]
     dropping = model.config.dropout > 0 or model.config.attention_dropout > 0
@@ -122,7 +122,8 @@ def train_step(
 
     def add_pass(sums: Any, part: Any) -> tuple[Any, None]:
         number, rows = part
-        own = None if key is None else jax.random.fold_in(key, number)
+        places = number * rows["input_ids"].shape[0] + jnp.arange(rows["input_ids"].shape[0])
+        own = None if key is None else jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
         (total, count), gradient = jax.value_and_grad(
             lambda params: loss_sums(model, params, rows, loss, own), has_aux=True
         )(params)
@@ -136,7 +137,7 @@ def train_step(
         (gradient, total, count), _ = lax.scan(add_pass, nothing, (jnp.arange(passes), dict(batch)))
     tokens = jnp.maximum(count, 1)
     gradient = jax.tree.map(lambda g: g / tokens, gradient)
-    norm = optax.global_norm(gradient)
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))
     if clip:
         gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), gradient)  # as torch clips
     updates, moments = optimizer.update(gradient, state["optimizer"], params)
