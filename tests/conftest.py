@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from neuroweave.checkpoint import embedded_gguf, import_checkpoint
 _MODELS = "models"
 # Before anything imports JAX: its tests lay models over eight devices of one CPU.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# What one test compiles, others and the processes that they start need not compile again.
+_COMPILED = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="neuroweave-jax-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def _models_folder(factory: pytest.TempPathFactory, worker: str) -> Path:
@@ -85,3 +90,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     factory = getattr(session.config, "_tmp_path_factory", None)
     if factory is not None and not hasattr(session.config, "workerinput"):
         shutil.rmtree(factory.getbasetemp() / _MODELS, ignore_errors=True)
+        if _COMPILED is not None:
+            shutil.rmtree(_COMPILED, ignore_errors=True)
