@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh, AxisType
 from training_plan import UTILISATION, flops_of_token
 
 from neuroweave.neuroblast.configuration import NeuroBlastConfig
+from neuroweave.neuroblast.jax_attention import default_attention
 from neuroweave.neuroblast.jax_modeling import Computation, NeuroBlast
 from neuroweave.training import jax_mesh
 from neuroweave.training.configuration import JaxSection, build_configuration
@@ -48,9 +49,17 @@ def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
     return AbstractMesh(shape, jax_mesh.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def traced_step(mesh: Any, config: NeuroBlastConfig, *, rows: int = ROWS, passes: int = PASSES) -> tuple[Any, Any]:
-    """(the training step traced for a mesh, the abstract state): bfloat16 products, layers computed twice."""
-    computation = Computation(dtype=jnp.bfloat16, remat="full", sharding=jax_mesh.place_hidden(mesh))
+def traced_step(mesh: Any, config: NeuroBlastConfig, *, platform: str = "tpu") -> tuple[Any, Any]:
+    """(the training step traced for a mesh, the abstract state): bfloat16 products, layers computed twice, and the
+    attention of that platform."""
+    computation = Computation(
+        dtype=jnp.bfloat16,
+        attention=default_attention(platform),
+        remat="full",
+        sharding=jax_mesh.place_hidden(mesh),
+        platform=platform,
+    )
+    rows, passes = ROWS, PASSES
     model = NeuroBlast(config, computation=computation)
     value = {"tokenizer": {"path": "x"}, "training": {"steps": 1}, "output": {"folder": "x"}}
     optimizer = build_optimizer(build_configuration(value).training, model.table)
@@ -114,7 +123,7 @@ def compiled_report(devices: int, config: NeuroBlastConfig) -> None:
     for section in (JaxSection(), JaxSection(fsdp=devices // 4), JaxSection(fsdp=devices // 8, tensor=2)):
         mesh = jax_mesh.make_mesh(section, jax.devices()[:devices])
         began = time.perf_counter()
-        traced, _ = traced_step(mesh, config)
+        traced, _ = traced_step(mesh, config, platform="cpu")
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - began
         found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])

@@ -27,7 +27,7 @@ from neuroweave.training.configuration import JaxSection, build_configuration
 from neuroweave.training.jax_loop import JaxRun, abstract_state, prepare_with_jax, train_with_jax
 from neuroweave.training.jax_step import Loss, build_optimizer, evaluation_sums, initial_state, loss_sums, train_step
 from neuroweave.training.metrics import read_metrics
-from neuroweave.training.torch_loop import NotFiniteError
+from neuroweave.training.outcome import NotFiniteError
 from neuroweave.training.train import train
 
 SHAPE = {"hidden_size": 32, "num_sensory_layers": 2, "num_associative_layers": 2, "num_motor_layers": 1}
@@ -264,6 +264,8 @@ def test_two_hosts_of_four_devices_equal_one_process(corpus: Path, model: Path, 
     done = train_with_jax(build_configuration(value | {"training": value["training"] | {"decay_steps": 0}}))
     assert done.plan.processes == 1
     assert list(losses(tmp_path / "run").values())[:3] == first
+    rest = list(losses(tmp_path / "run").values())[3:]  # the schedule's decay begins after step 5
+    np.testing.assert_allclose(rest[:2], list(losses(alone).values())[3:5], atol=1e-5, rtol=0)
 
 
 def test_hosts_that_disagree_and_a_coordinator_that_is_not_there(corpus: Path, tmp_path: Path) -> None:

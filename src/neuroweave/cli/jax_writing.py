@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,14 @@ from neuroweave.neuroblast.jax_generation import Generator, Sampling
 from neuroweave.neuroblast.jax_modeling import Computation, NeuroBlast
 from neuroweave.neuroblast.jax_weights import describe_stored, load_params
 
+# transformers' other ways to change which tokens are chosen, and the value at which they do nothing
+NOT_DONE = {
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None,
+    "min_length": 0, "min_new_tokens": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "guidance_scale": None, "encoder_repetition_penalty": 1.0, "top_h": None,
+    "exponential_decay_length_penalty": None,
+}  # fmt: skip
 DTYPES = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -41,7 +51,7 @@ class JaxWriter(Writer):
         """Raises ValueError for a model that is no NeuroBLAST, and for what the JAX side does not do."""
         if assistant is not None:
             raise ValueError("--assistant is of the torch backend; leave it out, or use --backend torch")
-        if device not in ("auto", jax.default_backend()):
+        if {"cuda": "gpu"}.get(device, device) not in ("auto", jax.default_backend()):
             raise ValueError(f"--device {device}: JAX runs on {jax.default_backend()}; JAX_PLATFORMS chooses another")
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: the JAX backend takes {', '.join(DTYPES)}")
@@ -51,6 +61,8 @@ class JaxWriter(Writer):
         stored = describe_stored(folder)
         model = NeuroBlast(stored.config, stored.plan, computation=Computation(dtype=DTYPES[dtype]))
         params = load_params(stored, model.table)
+        if DTYPES[dtype] != jnp.float32:  # matrices once, not at every token
+            params = {key: array.astype(DTYPES[dtype]) if array.ndim > 1 else array for key, array in params.items()}
         name = np.dtype(DTYPES[dtype]).name
         loaded = LoadedModel(stored.config, generation_config(folder, stored.config), Generator(model, params))
         return cls(source, loaded, load_tokenizer(folder), f"jax on {jax.default_backend()}, {name}", {})
@@ -60,20 +72,46 @@ class JaxWriter(Writer):
     ) -> Continuation:
         if config.prompt_lookup_num_tokens:
             raise ValueError("--prompt-lookup is of the torch backend; leave it out, or use --backend torch")
-        stream, ends, found = Stream(self.tokenizer, show), set(config.eos_token_id or []), []
+        refuse_unknown(config)
+        stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])
+        found: list[int] = []
         prompt = np.asarray([list(ids)])
         stream.put(torch.from_numpy(prompt))
-        stream.started = time.perf_counter()
-        tokens = self.model.generator.tokens(
-            prompt, new_tokens=config.max_new_tokens, sampling=sampling_of(config), seed=seed
+        made = functools.partial(
+            self.model.generator.tokens,
+            prompt,
+            new_tokens=config.max_new_tokens,
+            sampling=sampling_of(config),
+            seed=seed,
         )
-        for token in tokens:
+        with jax.default_matmul_precision("highest"):
+            self._continue(made, stream, ends, found)
+        stream.end()
+        return self._describe(found, config, stream)
+
+    def _continue(self, made: Any, stream: Stream, ends: set[int], found: list[int]) -> None:
+        for _ in itertools.islice(made(), 2):  # both programs are compiled before the clock starts
+            pass
+        stream.started = time.perf_counter()
+        for token in made():
+            if int(token[0]) < 0:
+                raise ValueError(
+                    f"{self.source}: its logits are not numbers, so no token can be drawn; give --dtype float32, or "
+                    "look at the weights with neuroweave verify"
+                )
             found.append(int(token[0]))
             stream.put(torch.tensor([found[-1]]))
             if found[-1] in ends:
                 break
-        stream.end()
-        return self._describe(found, config, stream)
+
+
+def refuse_unknown(config: GenerationConfig) -> None:
+    """Raise ValueError for a setting of the checkpoint that decides about tokens and that is not done here."""
+    for name, neutral in NOT_DONE.items():
+        if (value := getattr(config, name, neutral)) not in (None, neutral):
+            raise ValueError(
+                f"generation_config.json: {name} is {value}, which the JAX backend does not follow; use --backend torch"
+            )
 
 
 def sampling_of(config: GenerationConfig) -> Sampling:

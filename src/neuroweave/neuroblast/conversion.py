@@ -15,8 +15,7 @@ from neuroweave.checkpoint.staging import check_free_space, staged_folder
 from neuroweave.checkpoint.writer import Shard, ShardWriter
 from neuroweave.neuroblast.configuration import NEUROBLAST_FILE, WITHOUT_EFFECT, NeuroBlastConfig, build_configuration
 from neuroweave.neuroblast.weight_map import (
-    EMBEDDING,
-    HEAD,
+    check_tied_head,
     dead_weights,
     from_published,
     layout_of,
@@ -107,17 +106,6 @@ def refuse_unpublishable(source: Path, config: NeuroBlastConfig) -> None:
     kind = (config.rope_parameters or {}).get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"{source}: rotary scaling {kind!r}, which the published model would ignore")
-
-
-def check_tied_head(checkpoint: Checkpoint, config: NeuroBlastConfig) -> None:
-    """Refuse a stored head that is not the embedding it is said to be tied to."""
-    if not config.tie_word_embeddings or HEAD not in checkpoint:
-        return
-    if checkpoint.read_bytes(HEAD) != checkpoint.read_bytes(EMBEDDING):
-        raise ValueError(
-            f"{checkpoint.folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
-            f"say tie_word_embeddings: false in config.json to keep both"
-        )
 
 
 def plan_conversion(checkpoint: Checkpoint, config: NeuroBlastConfig, to: str) -> list[Shard]:

@@ -40,6 +40,7 @@ def plain_attention(
     scale: float,
     drop: Callable[[Array], Array],
     sharding: Any = None,
+    platform: str | None = None,
 ) -> Float[Array, "B T H D"]:
     """Attention written out; head h reads key-value head h // N. `drop`: dropout of the weights."""
     B, T, H, D = query_BTHD.shape
@@ -59,10 +60,12 @@ def splash_attention(
     scale: float,
     drop: Callable[[Array], Array],
     sharding: Any = None,
+    platform: str | None = None,
 ) -> Float[Array, "B T H D"]:
     """JAX's block-wise kernel for TPUs, which never holds the scores; elsewhere it is interpreted (for tests).
 
     For whole rows alone: without a cache, padding or dropout. `sharding`: of hidden states, whose mesh it runs on.
+    `platform`: what the program is compiled for, where that is not what runs here.
     """
     B, T, _, D = query_BTHD.shape
     missing_T, missing_D = -T % LANES, -D % LANES
@@ -72,7 +75,8 @@ def splash_attention(
     ]
     documents = jnp.zeros((B, T), jnp.int32) if sight.documents is None else sight.documents
     documents = jnp.pad(documents, ((0, 0), (0, missing_T)), mode="edge")  # causal: what stands behind is not seen
-    run: Any = functools.partial(run_splash, window=sight.window)
+    interpret = (platform or jax.default_backend()) != "tpu"
+    run: Any = functools.partial(run_splash, window=sight.window, interpret=interpret)
     if sharding is not None:
         rows, tensor = sharding.spec[0], "tensor"
         heads = P(rows, tensor, None, None)
@@ -84,7 +88,7 @@ def splash_attention(
 
 
 def run_splash(
-    query_BHTD: Array, key_BGTD: Array, value_BGTD: Array, documents_BT: Array, *, window: int | None
+    query_BHTD: Array, key_BGTD: Array, value_BGTD: Array, documents_BT: Array, *, window: int | None, interpret: bool
 ) -> Array:
     """The kernel on one device's rows and heads."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -103,7 +107,7 @@ def run_splash(
         head_shards=1,
         q_seq_shards=1,
         block_sizes=sizes,
-        interpret=jax.default_backend() != "tpu",
+        interpret=interpret,
     )
     ids = kernel.SegmentIds(q=documents_BT, kv=documents_BT)
     return jax.vmap(attend)(query_BHTD, key_BGTD, value_BGTD, ids)

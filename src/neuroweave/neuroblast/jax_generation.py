@@ -75,8 +75,10 @@ class Generator:
         seed: int = 0,
         attention_mask: Int[np.ndarray, "B T"] | None = None,
     ) -> Iterator[Int[np.ndarray, " B"]]:
-        """The next token of every row, `new_tokens` times; `attention_mask`: 0 where a shorter prompt is padded, at its
-        left."""
+        """The next token of every row, `new_tokens` times; -1 where the logits are not finite.
+
+        `attention_mask`: 0 where a shorter prompt is padded, at its left.
+        """
         sampling = sampling or Sampling()
         batch, prompt = prompt_BT.shape
         length = -(-(prompt + new_tokens) // CACHE_STEP) * CACHE_STEP
@@ -125,6 +127,8 @@ class Generator:
         self, params: Any, h_BC: Array, cache: Any, said: Array, position: Array, key: Array, sampling: Sampling
     ) -> dict[str, Any]:
         key, own = jax.random.split(key)
-        token = choose(self.model.logits(params, h_BC), said, sampling, own)
+        logits = self.model.logits(params, h_BC)
+        token = choose(logits, said, sampling, own)
+        token = jnp.where(jnp.isfinite(logits).all(-1), token, -1)
         said = said.at[jnp.arange(len(token)), token].set(True)
         return {"token": token, "cache": cache, "said": said, "position": position, "key": key}

@@ -44,13 +44,15 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 @dataclass(frozen=True)
 class Computation:
     """How the model is computed. `dtype`: of matrix products. `attention`: a name in `ATTENTION`. `remat`: one in
-    `REMAT`. `sharding`: of hidden states [B, T, C], None on one device. `unroll`: no scan over equal layers."""
+    `REMAT`. `sharding`: of hidden states [B, T, C], None on one device. `unroll`: no scan over equal layers.
+    `platform`: what it is compiled for, where that is not what runs here."""
 
     dtype: Any = jnp.float32
     attention: str = "plain"
     remat: str = "none"
     sharding: Any = None
     unroll: bool = False
+    platform: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ class Layer:
             scale=config.head_dim**-0.5,
             drop=functools.partial(dropout, rate=config.attention_dropout, keys=key),
             sharding=self.computation.sharding,
+            platform=self.computation.platform,
         )
         out = self.linear(weights, "self_attn.o_proj", out.reshape(*x.shape[:2], -1))
         return h + out.astype(h.dtype), cache

@@ -6,6 +6,7 @@ A checkpoint's tensor and the array that it goes into hold the same bytes in the
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from neuroweave.checkpoint.sealed import KEY, unseal
 from neuroweave.checkpoint.writer import ShardWriter, plan_shards
 from neuroweave.neuroblast.configuration import NeuroBlastConfig, build_configuration
 from neuroweave.neuroblast.tensor_table import Edit, TensorRow
-from neuroweave.neuroblast.weight_map import from_published, layout_of, misfits
+from neuroweave.neuroblast.weight_map import check_tied_head, from_published, layout_of, misfits
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
 
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 Params = dict[str, Array]
 Place = Callable[[TensorRow], "Sharding | None"]
 
@@ -99,6 +101,7 @@ def load_params(stored: StoredModel, table: Sequence[TensorRow], *, place: Place
         problems += [f"missing: {name}" for name in sorted(names - set(shapes))]
         if problems:
             raise ValueError(f"{stored.folder}: does not fit its configuration ({'; '.join(problems[:3])})")
+        check_tied_head(checkpoint, stored.config)
         return {row.key: load_array(checkpoint, row, None if place is None else place(row)) for row in table}
 
 
@@ -108,7 +111,7 @@ def is_added(name: str, table: Sequence[TensorRow]) -> bool:
 
 
 def load_array(checkpoint: Checkpoint, row: TensorRow, sharding: Sharding | None) -> Array:
-    """One array of the pytree; of a sharded one, each process reads only the tensors that its devices hold parts of."""
+    """One array of the pytree, its parts on the devices that hold them; tensors are read one after the other."""
 
     @functools.cache
     def read(name: str) -> np.ndarray:
@@ -150,11 +153,17 @@ def save_model(
             if not name.endswith(WEIGHT_FILES):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(model.folder / name, folder / name)
+        stored = read_config(folder)
+        (folder / CONFIG_FILE).write_text(json.dumps(stored | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
         return
     config: Any = model.config if isinstance(model, StoredModel) else model
     config.architectures, config.dtype = ["NeuroBlastForCausalLM"], "float32"
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    own = model.folder / GENERATION_FILE if isinstance(model, StoredModel) else None
+    if own is not None and own.is_file():
+        shutil.copyfile(own, folder / GENERATION_FILE)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def named_arrays(params: Params, table: Sequence[TensorRow]) -> Iterator[tuple[str, np.ndarray]]:

@@ -116,6 +116,17 @@ def misfits(stored: dict[str, Shape], config: Any, layout: str) -> list[str]:
     return found
 
 
+def check_tied_head(checkpoint: Any, config: Any) -> None:
+    """Refuse a stored head that is not the embedding it is said to be tied to; `checkpoint`: an opened folder."""
+    if not config.tie_word_embeddings or HEAD not in checkpoint:
+        return
+    if checkpoint.read_bytes(HEAD) != checkpoint.read_bytes(EMBEDDING):
+        raise ValueError(
+            f"{checkpoint.folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            f"say tie_word_embeddings: false in config.json to keep both"
+        )
+
+
 def _listed(what: str, names: Iterable[str]) -> list[str]:
     listed = list(names)
     if not listed:

@@ -58,7 +58,7 @@ class JaxCheckpoints:
         if is_first():
             try:
                 check_free_space(self.run, sum(array.nbytes for array in jax.tree.leaves(state)))
-                if folder.exists():  # not sealed, or it would have been resumed
+                if folder.exists():  # it does not count, or it would have been resumed
                     shutil.rmtree(folder)
             except (OSError, ValueError) as error:
                 problem = str(error)
@@ -96,9 +96,10 @@ class JaxCheckpoints:
                 self.sealing.join()
             else:
                 self.checkpointer.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             self.problem = error
-        problem = next((each for each in from_all(None if self.problem is None else str(self.problem)) if each), None)
+        told = None if self.problem is None else safe_checkpoints.one_line(self.problem)
+        problem = next((each for each in from_all(told) if each is not None), None)
         folder = self.saving[1]
         self.sealing = self.saving = self.problem = None
         if problem is not None:
@@ -116,16 +117,20 @@ class JaxCheckpoints:
         raise ValueError(self.describe_failure(folder, safe_checkpoints.one_line(error))) from error
 
     def describe_failure(self, folder: Path, problem: str) -> str:
-        good = safe_checkpoints.last_sealed(self.run)
-        state = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-        return f"{folder}: could not be saved ({problem}); {state}; make room and resume"
+        return safe_checkpoints.describe_failed_save(self.run, folder, problem)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is complete and undamaged, the same for all processes."""
-        found = None
+    def to_resume(self) -> Path | None:
+        """The checkpoint to go on from, the same for all processes. Raises ValueError when all of them are damaged."""
+        found: list[str | None] = [None, None]
         if is_first():
-            found = safe_checkpoints.newest_complete(self.run, note=self.note)
-        name = from_all(None if found is None else str(found))[0]
+            try:
+                newest = safe_checkpoints.to_resume(self.run, note=self.note)
+                found[0] = None if newest is None else str(newest)
+            except ValueError as error:
+                found[1] = str(error)
+        name, problem = from_all(found)[0]
+        if problem is not None:
+            raise ValueError(problem)
         return None if name is None else Path(name)
 
     def restore(self, folder: Path, like: State) -> tuple[State, dict[str, Any]]:

@@ -6,6 +6,7 @@ hosts, so a run goes on with the very next one on the same or another number of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -51,15 +52,16 @@ from neuroweave.training.metrics import (
 )
 from neuroweave.training.model_to_train import check_match, fresh_configuration, load_training_tokenizer
 from neuroweave.training.optimisation import learning_rates
-from neuroweave.training.outcome import MODEL_FOLDER, RECORD_FILE, TrainPlan, TrainResult, plan_run
+from neuroweave.training.outcome import MODEL_FOLDER, RECORD_FILE, NotFiniteError, TrainPlan, TrainResult, plan_run
 from neuroweave.training.rows import RunRows, Share, open_rows
-from neuroweave.training.run_folder import check_run_folder, write_run_file
+from neuroweave.training.run_folder import check_run_folder, clear_run, write_run_file
+from neuroweave.training.safe_checkpoints import last_sealed
 from neuroweave.training.stop_signal import StopSignal
-from neuroweave.training.torch_loop import NotFiniteError
 
 Say = Callable[[str], None]
 ONLY_TORCH = {"compile": False, "gate_entropy": 0.0, "workers": 0, "parts": "all"}
 ATTENTION = ("auto", "eager", "splash")
+ASK_EVERY = 10  # steps between two questions to the other hosts whether somebody wants to stop
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Prepared:
     mesh: Any
     loss: Loss
     plan: TrainPlan
+    batches: Batches
 
 
 def train_with_jax(
@@ -88,13 +91,15 @@ def train_with_jax(
     began = time.perf_counter()
     join_processes()
     main = is_first()
-    check_agreement(configuration)
-    check_run_folder(configuration, resume=resume, main=main, backend="jax")
+    check_agreement(configuration, resume=resume)
+    check_run_folder(configuration, resume=resume, backend="jax")
     prepared = prepare_with_jax(configuration, note=note if main else None, progress=progress if main else None)
     if main:
+        if resume is False:
+            clear_run(Path(configuration.output.folder))
         write_run_file(configuration, backend="jax")
     run = JaxRun(prepared, report=report if main else None, note=note if main else None)
-    with jax.set_mesh(prepared.mesh):
+    with jax.set_mesh(prepared.mesh), jax.default_matmul_precision(products(configuration)):
         state = run.train()
     folder = Path(configuration.output.folder)
     last = (
@@ -117,6 +122,7 @@ def prepare_with_jax(
 ) -> Prepared:
     """Tokenise what is not tokenised yet, and check that everything fits. Raises ValueError."""
     join_processes()
+    check_agreement(configuration)
     training, data = configuration.training, configuration.data
     check_supported(configuration)
     check_trackers(configuration.metrics.report_to)
@@ -147,7 +153,8 @@ def prepare_with_jax(
         note("no document is held out (data.held_out, or too little text): the run is not evaluated")
     pieces = pieces_for(data.sequence_length, training.micro_batch_size, config.vocab_size, configuration.jax.tensor)
     loss = Loss(training.label_smoothing, pieces, packed=data.packing)
-    return Prepared(configuration, origin, model, tokenizer, rows, mesh, loss, plan)
+    batches = Batches(rows, mesh, rows=training.batch_size, passes=accumulation)
+    return Prepared(configuration, origin, model, tokenizer, rows, mesh, loss, plan, batches)
 
 
 def check_supported(configuration: TrainConfiguration) -> None:
@@ -183,15 +190,26 @@ def compute_dtype(precision: str) -> Any:
     return jnp.float32 if precision == "float32" or (precision == "auto" and on_cpu) else jnp.bfloat16
 
 
+def products(configuration: TrainConfiguration) -> str:
+    """How exactly float32 matrices are multiplied, where the hardware has shorter ways."""
+    return "high" if configuration.training.tf32 else "highest"
+
+
 def computation_of(configuration: TrainConfiguration, config: Any, mesh: Any, dtype: Any) -> Computation:
     """Raises ValueError where the attention that is asked for cannot train this model."""
     training, remat = configuration.training, configuration.jax.remat
     if remat == "auto":
         remat = "full" if training.gradient_checkpointing else "none"
-    own = default_attention(jax.devices()[0].platform, dropout=config.attention_dropout)
+    even = config.num_key_value_heads % configuration.jax.tensor == 0
+    own = default_attention(jax.devices()[0].platform, dropout=config.attention_dropout) if even else "plain"
     kind = {"auto": own, "eager": "plain"}.get(training.attention, training.attention)
     if kind == "splash" and config.attention_dropout:
         raise ValueError("training.attention: splash has no dropout; leave attention_dropout at 0, or say eager")
+    if kind == "splash" and not even:
+        raise ValueError(
+            f"training.attention: splash cannot divide {config.num_key_value_heads} key-value heads among jax.tensor "
+            f"{configuration.jax.tensor} devices; change jax.tensor, or say eager"
+        )
     return Computation(dtype=dtype, attention=kind, remat=remat, sharding=jax_mesh.place_hidden(mesh))
 
 
@@ -217,9 +235,7 @@ class JaxRun:
                 memory=memory_gb,
                 trackers=start_trackers(configuration.metrics.report_to, self.folder),
             )
-        self.batches = Batches(
-            prepared.rows, prepared.mesh, rows=configuration.training.batch_size, passes=prepared.plan.accumulation
-        )  # fmt: skip
+        self.batches = prepared.batches
         self.stop = StopSignal()
 
     def train(self) -> State:
@@ -229,21 +245,28 @@ class JaxRun:
         pending: list[dict[str, Any]] = []
         if self.metrics is not None:
             self.metrics.begin(done)
-        with self.stop.listening():
-            for number in range(done, self.plan.steps):
-                rate = self.rates(number)
-                state, facts = step(state, self.batches.of_step(number), jnp.float32(rate))
-                pending.append(facts)
-                state = self.after_step(number + 1, state, pending, rate)
+        try:
+            with self.stop.listening():
+                for number in range(done, self.plan.steps):
+                    rate = self.rates(number)
+                    state, facts = step(state, self.batches.of_step(number), jnp.float32(rate))
+                    pending.append(facts)
+                    state = self.after_step(number + 1, state, pending, rate)
+        except BaseException:
+            if jax.process_count() == 1:  # a save that has begun is finished, or python's exit would break it off
+                with contextlib.suppress(ValueError):
+                    self.checkpoints.finish()
+            raise
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
         self.checkpoints.close()
-        if self.metrics is not None:
-            self.metrics.close()
         return state
 
     def begin(self) -> tuple[State, int]:
         """(the state to start from, steps that it has behind it)."""
         prepared, like = self.prepared, self.abstract_state()
-        found = self.checkpoints.newest()
+        found = self.checkpoints.to_resume()
         if found is not None:
             state, data = self.checkpoints.restore(found, like)
             self.batches.restore(data["batches"], found)
@@ -274,7 +297,9 @@ class JaxRun:
         """Log, evaluate, save, and stop where it is time to."""
         metrics, output = self.configuration.metrics, self.configuration.output
         last = step == self.plan.steps
-        asked = anybody(self.stop.asked) if jax.process_count() > 1 else self.stop.asked
+        asked = self.stop.asked
+        if jax.process_count() > 1:  # asking waits for the devices of all hosts: not at every step
+            asked = step % ASK_EVERY == 0 and anybody(asked)
         saves = last or asked or step % output.save_every == 0
         evaluates = self.prepared.rows.held_out is not None and (
             last or step % (metrics.evaluate_every or output.save_every) == 0
@@ -313,13 +338,7 @@ class JaxRun:
         if bad == NEVER:
             return
         self.checkpoints.finish()
-        good = self.checkpoints.newest() if jax.process_count() == 1 else None
-        kept = f"the last good checkpoint is {good}" if good else "weights that are not finite were never saved"
-        raise NotFiniteError(
-            f"the loss or its gradient is not finite at step {bad}; training is stopped, {kept}; a lower learning "
-            f"rate, a longer warmup or stronger clipping may help",
-            bad,
-        )
+        raise NotFiniteError.at(bad, last_sealed(self.folder))
 
     def evaluate(self, state: State) -> float:
         """Nats per token on the held-out rows."""

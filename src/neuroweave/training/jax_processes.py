@@ -1,7 +1,8 @@
 """The hosts of a JAX run: how they find each other, and what they tell each other between steps.
 
 `JAX_COORDINATOR_ADDRESS`, `JAX_PROCESS_COUNT` and `JAX_PROCESS_INDEX` join them; on a cloud pod, under Slurm or MPI,
-JAX finds the others itself. JAX reads only the first of the three variables by itself.
+JAX finds the others itself, and `JAX_COORDINATOR_ADDRESS=auto` tells it to look. JAX reads only the first of the three
+variables by itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from neuroweave.training.configuration import TrainConfiguration
@@ -23,8 +25,10 @@ from neuroweave.training.configuration import TrainConfiguration
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_INDEX"
 TIMEOUT = "JAX_INITIALIZATION_TIMEOUT"  # ours: seconds that a host waits for the others
 DEFAULT_TIMEOUT = 300
-# Of what starts one process on each of several hosts: JAX asks it who the others are.
-LAUNCHERS = {"SLURM_NTASKS": "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+# Number of processes, and the variable by which JAX knows the launcher that started them.
+LAUNCHERS = {"SLURM_NTASKS": "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE": "OMPI_MCA_orte_hnp_uri"}
+POD_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+A_DAY = 24 * 3600
 
 
 def join_processes(environment: Mapping[str, str] = os.environ) -> None:
@@ -35,9 +39,17 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     if jax.distributed.is_initialized():
         return
     given = {name: environment[name] for name in (ADDRESS, COUNT, INDEX) if environment.get(name)}
-    if not given:
-        if of_a_pod(environment):
+    if not given and not of_a_pod(environment):
+        return
+    if not given or given == {ADDRESS: "auto"}:
+        os.environ.pop(ADDRESS, None)  # JAX would take it for an address
+        try:
             jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"JAX cannot tell which hosts belong together here ({one_line(error)}); set {ADDRESS}, {COUNT} and "
+                f"{INDEX} on each"
+            ) from error
         return
     if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in given]:
         raise ValueError(f"{', '.join(given)}: set, but not {', '.join(missing)}; hosts are joined by all three")
@@ -47,6 +59,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
         raise ValueError(f"{INDEX}={index} and {COUNT}={count}: indices go from 0 to the count, which is left out")
     if count == 1:
         return
+    check_address(given[ADDRESS])
     if index:
         wait_for_coordinator(given[ADDRESS], timeout)
     try:
@@ -62,7 +75,8 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
 
 def of_a_pod(environment: Mapping[str, str]) -> bool:
     """Whether a launcher or a TPU pod says that there are several hosts."""
-    if len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or environment.get("MEGASCALE_NUM_SLICES"):
+    several = any("," in environment.get(name, "") for name in POD_HOSTS)
+    if several or environment.get("MEGASCALE_NUM_SLICES"):
         return True
     sizes = [environment.get(size, "1") for size, sign in LAUNCHERS.items() if environment.get(sign)]
     return any(size.isdigit() and int(size) > 1 for size in sizes)
@@ -74,11 +88,15 @@ def whole_number(name: str, text: str) -> int:
     return int(text)
 
 
-def wait_for_coordinator(address: str, timeout: int) -> None:
-    """Return when something listens there. JAX would end the process without a word of which address it was."""
+def check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit():
         raise ValueError(f"{ADDRESS}={address!r}: HOST:PORT was expected, such as 10.0.0.1:1234")
+
+
+def wait_for_coordinator(address: str, timeout: int) -> None:
+    """Return when something listens there. JAX would end the process without a word of which address it was."""
+    host, _, port = address.rpartition(":")
     until, reason = time.monotonic() + timeout, ""
     while time.monotonic() < until:
         try:
@@ -119,8 +137,10 @@ def first_ahead() -> Iterator[None]:
             problem = str(error) or type(error).__name__
             raise
         finally:
+            ocp.multihost.sync_global_processes("first ahead", timeout=A_DAY)
             from_all(problem)
         return
+    ocp.multihost.sync_global_processes("first ahead", timeout=A_DAY)  # a collective of devices would not wait so long
     problem = from_all(None)[0]
     if problem is not None:
         raise ValueError(f"process 0 failed: {problem}")
@@ -144,9 +164,9 @@ def anybody(asked: bool) -> bool:
     return any(from_all(asked))
 
 
-def check_agreement(configuration: TrainConfiguration) -> None:
+def check_agreement(configuration: TrainConfiguration, *, resume: bool | None = None) -> None:
     """Raise ValueError, on all hosts, when they were started with other settings, naming those."""
-    mine = configuration.what_all_hosts_share()
+    mine = configuration.what_all_hosts_share() | {"--resume": resume}
     every = from_all(mine)
     other = sorted({name for each in every for name in {*each, *every[0]} if each.get(name) != every[0].get(name)})
     if other:

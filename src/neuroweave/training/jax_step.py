@@ -113,8 +113,8 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
     """(the state after a step on the rows [A, B, T], its loss, gradient norm, tokens and first bad step).
 
-    A step whose loss or gradient is not finite changes no weight and is remembered as `bad_step`. Dropout of row r
-    of step s is drawn from (seed, s, r) alone, whatever pass and device it is computed in.
+    A step whose loss, gradient or weights are not finite changes no weight and is remembered as `bad_step`. Dropout of
+    row r of step s is drawn from (seed, s, r) alone, whatever pass and device it is computed in.
     """
     params = state["params"]
     dropping = model.config.dropout > 0 or model.config.attention_dropout > 0
@@ -141,9 +141,10 @@ def train_step(
     if clip:
         gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), gradient)  # as torch clips
     updates, moments = optimizer.update(gradient, state["optimizer"], params)
-    fine = jnp.isfinite(total) & jnp.isfinite(norm)
     step = state["step"] + 1
     after = {"params": jax.tree.map(lambda p, u: p - rate * u, params, updates), "optimizer": moments}
+    finite = [jnp.isfinite(array).all() for array in (total, norm, *jax.tree.leaves(after["params"]))]
+    fine = jnp.stack(finite).all()
     kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, {n: state[n] for n in after})
     bad = jnp.where(fine, state["bad_step"], jnp.minimum(state["bad_step"], step))
     facts = {"loss": total / tokens, "grad_norm": norm, "tokens": count, "bad_step": bad}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from neuroweave import __version__
@@ -11,6 +12,24 @@ from neuroweave.training.configuration import TrainConfiguration
 from neuroweave.training.rows import RunRows
 
 MODEL_FOLDER, RECORD_FILE = "model", "training.json"
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite. `step`: the first step at which."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+    @classmethod
+    def at(cls, step: int, good: Path | None) -> NotFiniteError:
+        """`good`: the last good checkpoint."""
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
+        return cls(
+            f"the loss or its gradient is not finite at step {step}; training is stopped, {kept}; "
+            f"a lower learning rate, a longer warmup or stronger clipping may help",
+            step,
+        )
 
 
 @dataclass(frozen=True)

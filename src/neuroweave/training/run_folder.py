@@ -15,11 +15,8 @@ from neuroweave.training.safe_checkpoints import checkpoint_folders, last_sealed
 RUN_FILE = "run.json"
 
 
-def check_run_folder(
-    configuration: TrainConfiguration, *, resume: bool | None, main: bool, backend: str = "torch"
-) -> None:
-    """Refuse a folder that is not a run's, or a run of another configuration or backend. With `resume` False, clear
-    it."""
+def check_run_folder(configuration: TrainConfiguration, *, resume: bool | None, backend: str = "torch") -> None:
+    """Refuse a folder that is not a run's, or (unless `resume` is False) a run of another configuration or backend."""
     run = Path(configuration.output.folder)
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run}: output.folder is a file; give a folder")
@@ -27,15 +24,11 @@ def check_run_folder(
         raise ValueError(f"{run}: there is no complete checkpoint to resume; leave out --resume")
     if not (run / RUN_FILE).is_file():
         strange = sorted(path.name for path in run.iterdir()) if run.is_dir() else []
-        strange = [name for name in strange if name != "data" and not name.startswith(".")]
+        strange = [name for name in strange if name not in ("data", "model") and not name.startswith(".")]
         if strange:
             raise ValueError(f"{run}: holds {strange[0]}, but no run; choose another output.folder")
         return
-    if resume is False:
-        if main:
-            clear_run(run)
-        return
-    if checkpoint_folders(run):
+    if resume is not False and checkpoint_folders(run):
         check_same_run(configuration, run, backend)
 
 
@@ -58,11 +51,11 @@ def check_same_run(configuration: TrainConfiguration, run: Path, backend: str) -
 
 
 def clear_run(run: Path) -> None:
+    """Remove the checkpoints and metrics of an earlier run. To be called when all of the new one is checked."""
     for _, folder in checkpoint_folders(run):
         (folder / "complete.json").unlink(missing_ok=True)
         shutil.rmtree(folder)
-    for name in (METRICS_FILE, RUN_FILE):
-        (run / name).unlink(missing_ok=True)
+    (run / METRICS_FILE).unlink(missing_ok=True)
 
 
 def write_run_file(configuration: TrainConfiguration, *, backend: str = "torch") -> None:

@@ -94,6 +94,30 @@ def newest_complete(run: str | os.PathLike[str], *, note: Callable[[str], None] 
     return None
 
 
+def to_resume(run: str | os.PathLike[str], *, note: Callable[[str], None] | None = None) -> Path | None:
+    """The checkpoint to go on from, or None where none was ever complete. For the one process of a run that tidies up.
+
+    Damaged ones that are newer no longer count from then on. Raises ValueError when all of them are damaged: to begin
+    anew without a word would throw the run away.
+    """
+    passed_over: list[str] = []
+    for _, folder in reversed(checkpoint_folders(run)):
+        problem = what_is_wrong(folder)
+        if problem is None:
+            break
+        if note is not None:
+            note(f"{folder.name} is passed over: {problem}")
+        if read_complete(folder) is not None:
+            passed_over.append(f"{folder.name}: {problem}")
+    else:
+        if passed_over:
+            raise ValueError(f"{run}: no checkpoint can be resumed ({'; '.join(passed_over[:3])}); --fresh starts anew")
+        return None
+    for name in passed_over:  # or they would be kept in the place of new ones
+        (Path(run) / name.partition(":")[0] / COMPLETE_FILE).unlink()
+    return folder
+
+
 def last_sealed(run: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint that was complete when it was written; its bytes are not looked at again."""
     return next((folder for _, folder in reversed(checkpoint_folders(run)) if read_complete(folder)), None)
@@ -129,12 +153,16 @@ def guarded_save(run: Path, folder: Path, *, nbytes: int) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        good = last_sealed(run)
-        state = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-        raise ValueError(f"{folder}: could not be saved ({one_line(error)}); {state}; make room and resume") from error
+        raise ValueError(describe_failed_save(run, folder, one_line(error))) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def describe_failed_save(run: Path, folder: Path, problem: str) -> str:
+    good = last_sealed(run)
+    state = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
+    return f"{folder}: could not be saved ({problem}); {state}; make room and resume"
 
 
 def one_line(error: BaseException) -> str:

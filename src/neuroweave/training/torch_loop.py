@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from neuroweave.activations.neuron_choices import gate_entropy
 from neuroweave.training import agreement, resharding, safe_checkpoints
 from neuroweave.training.optimisation import decays
+from neuroweave.training.outcome import NotFiniteError
 from neuroweave.training.stop_signal import StopSignal
 
 IGNORED = -100
@@ -59,14 +60,6 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 def stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows of one length as a batch: [B, T] each."""
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
-
-
-class NotFiniteError(ValueError):
-    """A loss or a gradient is NaN or infinite. `step`: the first step at which."""
-
-    def __init__(self, message: str, step: int) -> None:
-        super().__init__(message)
-        self.step = step
 
 
 class Guard(TrainerCallback):
@@ -167,7 +160,7 @@ class GuardedTrainer(Trainer):
                 raise ValueError(f"{asked}: cannot be resumed: {problem}")
             return Path(asked)
         if asked:
-            return safe_checkpoints.newest_complete(self.run_folder, note=self.note)
+            return safe_checkpoints.to_resume(self.run_folder, note=self.note)
         if old := safe_checkpoints.last_sealed(self.run_folder):
             raise ValueError(f"{old} is of an earlier run; resume it, or choose another output folder")
         return None
@@ -241,13 +234,7 @@ class GuardedTrainer(Trainer):
         step = NEVER - agreement.largest(NEVER - int(self.first_bad_step.item()))
         if step == NEVER:
             return
-        good = safe_checkpoints.last_sealed(self.run_folder)
-        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
-        raise NotFiniteError(
-            f"the loss or its gradient is not finite at step {step}; training is stopped, {kept}; "
-            f"a lower learning rate, a longer warmup or stronger clipping may help",
-            step,
-        )
+        raise NotFiniteError.at(step, safe_checkpoints.last_sealed(self.run_folder))
 
     def share_of_step(self, total: Tensor, num_items_in_batch: Tensor | int | None, items: Tensor | int) -> Tensor:
         """What `compute_loss` returns for a sum over the `items` tokens of its rows: added up over all passes and

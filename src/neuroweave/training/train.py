@@ -36,7 +36,7 @@ from neuroweave.training.model_to_train import (
 )
 from neuroweave.training.outcome import MODEL_FOLDER, RECORD_FILE, TrainPlan, TrainResult, plan_run
 from neuroweave.training.rows import Share, open_rows
-from neuroweave.training.run_folder import check_run_folder, write_run_file
+from neuroweave.training.run_folder import check_run_folder, clear_run, write_run_file
 from neuroweave.training.stream_dataset import StreamDataset
 from neuroweave.training.torch_loop import GuardedTrainer, RowDataset
 from neuroweave.training.trainable import select
@@ -74,9 +74,11 @@ def train(
     """
     began = time.perf_counter()
     main = agreement.is_first()
-    check_run_folder(configuration, resume=resume, main=main)
+    check_run_folder(configuration, resume=resume)
     prepared = prepare(configuration, note=note if main else None, progress=progress if main else None)
     if main:
+        if resume is False:
+            clear_run(Path(configuration.output.folder))
         write_run_file(configuration)
     plan = prepared.plan
     run = Path(configuration.output.folder)

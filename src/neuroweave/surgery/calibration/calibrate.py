@@ -97,10 +97,12 @@ def calibrate(
 
     Both have the same layers. `folder`: where hidden states lie meanwhile (at most 16 bytes x tokens x hidden size).
     `weights`: a folder for the student's finished layers, mapped from there from then on: it must outlive the student,
-    and memory holds one layer at a time.
+    and of weights, memory holds one layer at a time. Beside them it holds hidden states of one layer: 8 bytes x tokens
+    x hidden size, and as much again while an MLP is refined.
     Raises ValueError for models of different shapes and for windows that are too few.
     """
     options = options or CalibrationOptions()
+    check_enough(windows_NT, options)
     layers: list[CalibratedLayer] = []
     with (
         LayerStream(teacher, windows_NT, folder=folder, batch=batch) as wanted,
@@ -114,6 +116,12 @@ def calibrate(
     if progress is not None:
         progress(len(layers), len(layers), "")
     return Calibration(layers, windows_NT.numel(), options)
+
+
+def check_enough(windows_NT: Tensor, options: CalibrationOptions) -> None:
+    """Refuse to refine on one window: another one is needed to see whether it helped."""
+    if options.refine and len(windows_NT) < 2:
+        raise ValueError("refine needs at least two windows of text, one of them to be held out; give more tokens")
 
 
 def check_alike(student: PreTrainedModel, teacher: PreTrainedModel, given: LayerStream, wanted: LayerStream) -> None:

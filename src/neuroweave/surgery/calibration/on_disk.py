@@ -19,7 +19,7 @@ from neuroweave.checkpoint.reader import Checkpoint
 from neuroweave.checkpoint.resaving import load_stored, save_like
 from neuroweave.checkpoint.sealed import KEY
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
-from neuroweave.surgery.calibration.calibrate import Calibration, CalibrationOptions, Progress, calibrate
+from neuroweave.surgery.calibration.calibrate import Calibration, CalibrationOptions, Progress, calibrate, check_enough
 from neuroweave.text.tokens import NamedText, start_tokens, token_ids_sha256
 
 TOKENS, WINDOW = 49_152, 512
@@ -52,6 +52,7 @@ def calibrate_checkpoint(
     check_output(out, overwrite=overwrite, sources=[patched, teacher])
     tokenizer = load_tokenizer(teacher)
     windows_NT = draw_calibration_windows(documents, tokenizer, tokens=tokens, window=window, seed=seed)
+    check_enough(windows_NT, options)
     student, reference = load_stored(patched), load_stored(teacher)
     if KEY not in student.config.to_dict():
         raise ValueError(f"{patched}: not a patched model; calibrate brings a patched one back to what it was")

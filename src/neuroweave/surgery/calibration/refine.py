@@ -68,22 +68,25 @@ def refine(
 
 @torch.no_grad()
 def gather(stream: LayerStream, mlp: MlpParts, landing: Landing, targets: dict[int, Tensor]) -> tuple[Pairs, Pairs]:
-    """(pairs to train on, pairs that are held out: every 16th window, at least the last one)."""
-    inputs, wanted = [], []
+    """(pairs to train on, pairs that are held out: every 16th window, and the last one), views of the same memory."""
+    windows = len(stream.windows_NT)
+    kept = [number for number in range(windows - 1) if number % HELD_OUT != HELD_OUT - 1]
+    place = {number: at for at, number in enumerate(kept + [n for n in range(windows) if n not in set(kept)])}
+    inputs: Any = None
     for rows in stream.batches():
         with listening([mlp.block, mlp.down]) as seen:
             reached = stream.run(rows)
-        inputs.append(seen[mlp.block][0])
-        wanted.append(targets[rows.start] - (reached - landing.added(seen[mlp.down][1])))
-    inputs_NTC, wanted_NTC = torch.cat(inputs), torch.cat(wanted)
-    aside = torch.arange(len(inputs_NTC)) % HELD_OUT == HELD_OUT - 1
-    aside[-1] = True
-    square = wanted_NTC.pow(2).sum(-1)
+        x, lacks = seen[mlp.block][0], targets[rows.start] - (reached - landing.added(seen[mlp.down][1]))
+        if inputs is None:
+            inputs, wanted = (torch.empty(windows, *x.shape[1:]) for _ in range(2))
+        where = [place[number] for number in range(rows.start, rows.stop)]
+        inputs[where], wanted[where] = x, lacks
+    square = wanted.pow(2).sum(-1)
     usual = square.median().clamp(min=1e-30)
-    weight_NT = 1 / torch.where(square > LONG * usual, square, usual)  # else a few huge tokens were all that counts
+    weight = 1 / torch.where(square > LONG * usual, square, usual)  # else a few huge tokens were all that counts
+    parts = (slice(0, len(kept)), slice(len(kept), windows))
     training, held_out = (
-        Pairs(inputs_NTC[part].flatten(0, 1), wanted_NTC[part].flatten(0, 1), weight_NT[part].flatten())
-        for part in (~aside, aside)
+        Pairs(inputs[part].flatten(0, 1), wanted[part].flatten(0, 1), weight[part].flatten()) for part in parts
     )
     return training, held_out
 
