@@ -197,6 +197,16 @@ def test_a_resumed_run_goes_on_with_the_next_sample_on_another_mesh(corpus: Path
     np.testing.assert_allclose(list(losses(tmp_path / "other").values()), whole, atol=1e-5, rtol=0)
 
 
+def test_a_streamed_run_goes_on_with_the_next_row(corpus: Path, tmp_path: Path) -> None:
+    streamed, part = {"streaming": True}, EIGHT | {"steps": 3, "schedule": "constant"}
+    for folder, steps in (("whole", (6,)), ("parts", (3, 6))):
+        for count in steps:
+            training = part | {"steps": count}
+            train_with_jax(build_configuration(content(corpus, tmp_path / folder, data=streamed, training=training)))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 6
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(corpus: Path, tmp_path: Path) -> None:
     configuration = build_configuration(content(corpus, tmp_path, training=EIGHT))
     train_with_jax(configuration)
@@ -210,6 +220,25 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(corpus: Path, tm
     assert any("checkpoint-6 is passed over" in note and "SHA-256 differs" in note for note in notes)
     assert losses(tmp_path) == before
     assert (tmp_path / "checkpoint-6" / "complete.json").is_file()
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away(corpus: Path, tmp_path: Path) -> None:
+    """Neither with --resume nor without; --fresh begins anew, but not before all is checked."""
+    configuration = build_configuration(content(corpus, tmp_path, training=EIGHT))
+    train_with_jax(configuration)
+    before = losses(tmp_path)
+    for folder in tmp_path.glob("checkpoint-*"):
+        next((folder / "state").rglob("manifest.ocdbt")).write_bytes(b"")
+    for resume in (True, None):
+        with pytest.raises(ValueError, match=r"no checkpoint can be resumed .*; --fresh starts anew"):
+            train_with_jax(configuration, resume=resume)
+    odd = build_configuration(content(corpus, tmp_path, training=EIGHT) | {"jax": {"fsdp": 3}})
+    with pytest.raises(ValueError, match=r"does not divide the 8 devices"):
+        train_with_jax(odd, resume=False)
+    assert losses(tmp_path) == before
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    train_with_jax(configuration, resume=False)
+    assert losses(tmp_path) == before
 
 
 def test_checkpoints_of_another_configuration_or_backend_are_refused(corpus: Path, tmp_path: Path) -> None:
