@@ -437,6 +437,30 @@ def test_windows_are_whole_and_drawn_by_seed(smollm2):
         draw_calibration_windows(texts, tokenizer, tokens=10, window=128, seed=0)
 
 
+def test_gains_of_zero_and_outputs_as_small_as_the_norms_epsilon(tmp_path):
+    """As in Gemma 3 270M, gains from 0 to 1,657 and MLP outputs shorter than the root of epsilon."""
+    student, teacher = pair("gemma3", "relu")
+    for model in (student, teacher):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for norm in (layer.post_feedforward_layernorm, layer.post_attention_layernorm):
+                    norm.weight[0], norm.weight[1], norm.weight[2] = -1.0, 20.0, -0.999
+                layer.mlp.down_proj.weight.mul_(1e-3)
+    before = divergence(student, teacher, token_windows(8, seed=1))
+    done = calibrate(student, teacher, token_windows(64), folder=tmp_path, batch=16)
+    assert [layer.solved for layer in done.layers] == [["attention.o", "mlp.down"]] * 3
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in student.parameters())
+    assert divergence(student, teacher, token_windows(8, seed=1)) < 0.7 * before
+    neurons = CalibrationOptions(match=False, order=False)
+    student, teacher = pair("gemma3", "relu")
+    with torch.no_grad():
+        for model in (student, teacher):
+            model.model.layers[1].post_feedforward_layernorm.weight[0] = -1.0
+    calibrate(student, teacher, token_windows(64), folder=tmp_path, batch=16, options=neurons)
+    rows = [model.model.layers[1].mlp.down_proj.weight[0] for model in (student, teacher)]
+    assert torch.equal(*rows)  # it adds nothing to the stream, so nothing is learned of it
+
+
 # ----------------------------------------------------------------------------------------------------------- refine
 
 

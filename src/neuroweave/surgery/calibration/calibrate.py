@@ -245,7 +245,7 @@ def try_landings(stream: LayerStream, parts: Parts, mlp: MlpParts) -> None:
     try:
         parts.down_landing = find_landing(seen[mlp.down][1], landing, without, passed)
     except ValueError as error:
-        parts.reason, parts.mlp = str(error), None
+        parts.reason, parts.mlp, parts.attention = str(error), None, None
         return
     if parts.attention is None or parts.middle is None or parts.attention not in seen:
         parts.attention = None
@@ -279,7 +279,7 @@ def solve(
         aim, importance = landing.wanted(targets[rows.start] - rest, y)
         sums.add(a.flatten(0, 1), (aim - y).flatten(0, 1), importance.flatten(0, 1))
     with torch.no_grad():
-        weight.add_(sums.correction(ridge).to(weight.dtype))
+        weight.add_(sums.correction(ridge, landing.caution()).to(weight.dtype))
 
 
 def match_neurons(

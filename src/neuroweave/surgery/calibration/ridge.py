@@ -6,8 +6,10 @@ Letters: T tokens, M inputs of the projection, D outputs.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+MOST_CAUTION = 8
 
 
 class RidgeSums:
@@ -28,19 +30,28 @@ class RidgeSums:
         self.cross_DM += lacking_TD.T @ a_TM
         self.tokens += len(a_TM)
 
-    def correction(self, ridge: float) -> Float[Tensor, "D M"]:
+    def correction(self, ridge: float, caution_D: Int[Tensor, " D"] | None = None) -> Float[Tensor, "D M"]:
         """W - W0 in float64; `ridge`: l relative to the Gram matrix's mean diagonal. Uses up the Gram matrix.
 
+        `caution_D`: l is 4 to this power times as large for an output's row; beyond `MOST_CAUTION` it stays as it is.
         Raises ValueError when the sums are not finite, or the matrix stays singular (a ridge of 0 with dead inputs).
         """
         diagonal = self.gram_MM.diagonal()
         mean = float(diagonal.mean())
         if not (mean >= 0 and torch.isfinite(self.cross_DM).all()):
             raise ValueError("the layer's inputs or targets are not finite, so no weights can be solved for")
+        found = torch.zeros_like(self.cross_DM)
         if mean == 0:
-            return torch.zeros_like(self.cross_DM)
-        diagonal += ridge * mean
-        factor, info = torch.linalg.cholesky_ex(self.gram_MM)
-        if int(info):
-            raise ValueError(f"the least squares problem is singular with ridge {ridge}; give a larger one")
-        return torch.cholesky_solve(self.cross_DM.T, factor).T
+            return found
+        caution = torch.zeros(len(found), dtype=torch.long) if caution_D is None else caution_D
+        added = 0.0
+        for power in sorted(set(caution.tolist()) & set(range(MOST_CAUTION + 1))):
+            wanted = ridge * mean * 4.0**power
+            diagonal += wanted - added
+            added = wanted
+            factor, info = torch.linalg.cholesky_ex(self.gram_MM)
+            if int(info):
+                raise ValueError(f"the least squares problem is singular with ridge {ridge}; give a larger one")
+            rows = caution == power
+            found[rows] = torch.cholesky_solve(self.cross_DM[rows].T, factor).T
+        return found
