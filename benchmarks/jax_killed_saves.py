@@ -73,7 +73,7 @@ def main() -> None:
     for kill in range(options.kills):
         process = start(config)
         before = newest
-        while process.poll() is None and max([*steps_in(run)], default=0) < before + 4:
+        while process.poll() is None and max([*steps_in(run)], default=0) < before + 8:
             time.sleep(0.01)
         if process.poll() is not None:
             raise SystemExit(f"the run ended by itself: {process.stderr.read().decode()[-500:]}")  # type: ignore[union-attr]
