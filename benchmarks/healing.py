@@ -5,8 +5,8 @@
     python benchmarks/healing.py MODEL --text CORPUS       # of benchmarks/build_corpus.py --large CORPUS
 
 Patches, calibrates and heals on the calibration and training text (the shipped one, or the larger corpus of the same
-split), measures on the shipped evaluation text. Prints a Markdown table, three rows an activation, as it goes. What is
-not named here is as in `HealOptions`.
+split), measures on the shipped evaluation text. Prints a Markdown table, three rows an activation, as it goes; with
+`--tokens 0` it ends behind the calibration. What is not named here is as in `HealOptions`.
 """
 
 from __future__ import annotations
