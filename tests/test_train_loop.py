@@ -325,3 +325,14 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="wandb is not installed; pip install wandb, or leave it out"):
         check_trackers(["wandb"])
+
+
+def test_weight_decay_pulls_matrices_alone(tmp_path):
+    """Not the norms that transformers does not know by their names: norm_in, norm_out and those of the bridges."""
+    from tiny_training import tiny_neuroblast
+
+    model = tiny_neuroblast()
+    decaying = set(make_trainer(tmp_path, model=model).get_decay_parameter_names(model))
+    norms = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    assert {"model.sensory_to_motor.weight", "model.sensory_layers.1.norm_in.weight", "model.norm.weight"} <= norms
+    assert decaying == {name for name, _ in model.named_parameters()} - norms

@@ -43,16 +43,14 @@ from neuroweave.training.jax_step import (
     train_step,
 )
 from neuroweave.training.metrics import (
-    METRICS_FILE,
     RunMetrics,
     check_trackers,
-    read_metrics,
     resident_gb,
     start_trackers,
 )
 from neuroweave.training.model_to_train import check_match, fresh_configuration, load_training_tokenizer
 from neuroweave.training.optimisation import learning_rates
-from neuroweave.training.outcome import MODEL_FOLDER, RECORD_FILE, NotFiniteError, TrainPlan, TrainResult, plan_run
+from neuroweave.training.outcome import RECORD_FILE, NotFiniteError, TrainPlan, TrainResult, plan_run
 from neuroweave.training.rows import RunRows, Share, open_rows
 from neuroweave.training.run_folder import check_run_folder, clear_run, write_run_file
 from neuroweave.training.safe_checkpoints import last_sealed
@@ -101,18 +99,7 @@ def train_with_jax(
     run = JaxRun(prepared, report=report if main else None, note=note if main else None)
     with jax.set_mesh(prepared.mesh), jax.default_matmul_precision(products(configuration)):
         state = run.train()
-    folder = Path(configuration.output.folder)
-    last = (
-        {name: value for entry in read_metrics(folder / METRICS_FILE) for name, value in entry.items()} if main else {}
-    )
-    result = TrainResult(
-        str(folder),
-        str(folder / MODEL_FOLDER),
-        prepared.plan,
-        last.get("loss"),
-        last.get("eval_loss"),
-        time.perf_counter() - began,
-    )
+    result = TrainResult.of_run(configuration.output.folder, prepared.plan, time.perf_counter() - began, main=main)
     write_model(prepared, state["params"], result)
     return result
 

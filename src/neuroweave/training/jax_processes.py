@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from neuroweave.training.configuration import TrainConfiguration
+from neuroweave.training.safe_checkpoints import one_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_INDEX"
 TIMEOUT = "JAX_INITIALIZATION_TIMEOUT"  # ours: seconds that a host waits for the others
@@ -109,10 +110,6 @@ def wait_for_coordinator(address: str, timeout: int) -> None:
         f"{ADDRESS}={address}: no coordinator answered within {timeout} s ({reason}); is the process with {INDEX}=0 "
         f"running there, and does its firewall let this port through? {TIMEOUT} sets the seconds"
     )
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # ------------------------------------------------------------------------------------------------------ agreement

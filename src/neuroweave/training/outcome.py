@@ -9,6 +9,7 @@ from typing import Any
 
 from neuroweave import __version__
 from neuroweave.training.configuration import TrainConfiguration
+from neuroweave.training.metrics import METRICS_FILE, read_metrics
 from neuroweave.training.rows import RunRows
 
 MODEL_FOLDER, RECORD_FILE = "model", "training.json"
@@ -69,6 +70,13 @@ class TrainResult:
     loss: float | None
     held_out_loss: float | None
     seconds: float
+
+    @classmethod
+    def of_run(cls, folder: str, plan: TrainPlan, seconds: float, *, main: bool) -> TrainResult:
+        """What a run's metrics say at its end; only the process that writes them (`main`) knows losses."""
+        entries = read_metrics(Path(folder) / METRICS_FILE) if main else []
+        last = {name: value for entry in entries for name, value in entry.items()}
+        return cls(folder, str(Path(folder) / MODEL_FOLDER), plan, last.get("loss"), last.get("eval_loss"), seconds)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

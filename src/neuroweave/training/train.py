@@ -26,7 +26,7 @@ from neuroweave.training import agreement
 from neuroweave.training.arguments import training_arguments
 from neuroweave.training.choice_log import ChoiceLog
 from neuroweave.training.configuration import TrainConfiguration
-from neuroweave.training.metrics import METRICS_FILE, MetricsFile, check_trackers, read_metrics
+from neuroweave.training.metrics import MetricsFile, check_trackers
 from neuroweave.training.model_to_train import (
     build_model,
     check_packing,
@@ -34,7 +34,7 @@ from neuroweave.training.model_to_train import (
     embedding_rows,
     load_training_tokenizer,
 )
-from neuroweave.training.outcome import MODEL_FOLDER, RECORD_FILE, TrainPlan, TrainResult, plan_run
+from neuroweave.training.outcome import RECORD_FILE, TrainPlan, TrainResult, plan_run
 from neuroweave.training.rows import Share, open_rows
 from neuroweave.training.run_folder import check_run_folder, clear_run, write_run_file
 from neuroweave.training.stream_dataset import StreamDataset
@@ -95,11 +95,7 @@ def train(
         note=note if main else None,
     )
     trainer.train(resume_from_checkpoint=True if resume is not False else None)
-    losses = read_metrics(run / METRICS_FILE) if main else []
-    last = {name: value for entry in losses for name, value in entry.items()}
-    result = TrainResult(
-        str(run), str(run / MODEL_FOLDER), plan, last.get("loss"), last.get("eval_loss"), time.perf_counter() - began
-    )
+    result = TrainResult.of_run(str(run), plan, time.perf_counter() - began, main=main)
     write_model(trainer, prepared, result)
     return result
 
