@@ -39,10 +39,11 @@ from neuroweave.surgery.calibration.calibrate import (
     match_neurons,
     order_neurons,
 )
+from neuroweave.surgery.calibration.landing import Landing
 from neuroweave.surgery.calibration.neurons import SCALES, assign, match
 from neuroweave.surgery.calibration.on_disk import calibrate_checkpoint, draw_calibration_windows
 from neuroweave.surgery.calibration.projections import activated_projections, factor_moves
-from neuroweave.surgery.calibration.ridge import RidgeSums
+from neuroweave.surgery.calibration.ridge import MOST_CAUTION, RidgeSums
 from neuroweave.surgery.calibration.stream import LayerStream, listening
 
 SIZES = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
@@ -435,6 +436,47 @@ def test_windows_are_whole_and_drawn_by_seed(smollm2):
         draw_calibration_windows([text("short")], tokenizer, tokens=1000, window=128, seed=0)
     with pytest.raises(ValueError, match="give at least one window"):
         draw_calibration_windows(texts, tokenizer, tokens=10, window=128, seed=0)
+
+
+def test_rows_of_small_gain_are_held_by_a_larger_ridge():
+    """Against NumPy, row by row: the ridge times 4 to the power of caution; gains from the usual one to 0."""
+    gain = torch.tensor([[[2.0, 0.5, 2.0 / 64, 0.0, 2.0]]])
+    caution = Landing(1.0, nn.Identity(), gain).caution()
+    usual = float(gain.pow(2).mean().sqrt())
+    expected_powers = [max(0, round(float(np.log2(usual / g)))) for g in (2.0, 0.5, 2.0 / 64)]
+    assert caution[:3].tolist() == expected_powers == [0, 1, 5]
+    assert caution[3] > MOST_CAUTION
+    assert Landing(1.0, None, None).caution() is None
+    draw = np.random.default_rng(0)
+    a, lacking = draw.normal(size=(40, 7)), draw.normal(size=(40, 5))
+    sums = RidgeSums(7, 5)
+    sums.add(*(torch.tensor(each, dtype=torch.float32) for each in (a, lacking)), torch.ones(40, 1))
+    found = sums.correction(0.05, caution).numpy()
+    gram = a.T @ a
+    for row, power in enumerate(caution.tolist()):
+        if power > MOST_CAUTION:
+            assert not found[row].any()
+            continue
+        ridge = 0.05 * np.diag(gram).mean() * 4.0**power
+        expected = np.linalg.solve(gram + ridge * np.eye(7), a.T @ lacking[:, row])
+        np.testing.assert_allclose(found[row], expected, rtol=2e-4, atol=2e-5)
+
+
+def test_what_is_solved_takes_the_caution_of_its_landing(tmp_path, monkeypatch):
+    """A layer's weights come out otherwise where its landing asks for none."""
+    weights = []
+    for caution in (Landing.caution, lambda landing: None):
+        monkeypatch.setattr(Landing, "caution", caution)
+        student, teacher = pair("gemma3", "relu")
+        with torch.no_grad():
+            for model in (student, teacher):
+                model.model.layers[0].post_feedforward_layernorm.weight[2] = -0.99
+        plain = CalibrationOptions(match=False, order=False)
+        calibrate(student, teacher, token_windows(16), folder=tmp_path, options=plain)
+        weights.append(student.model.layers[0].mlp.down_proj.weight[2].clone())
+    before = teacher.model.layers[0].mlp.down_proj.weight[2]
+    moved = [float((weight - before).detach().norm()) for weight in weights]
+    assert moved[0] < 0.5 * moved[1], moved
 
 
 def test_gains_of_zero_and_outputs_as_small_as_the_norms_epsilon(tmp_path):
