@@ -105,6 +105,14 @@ def test_streamed_runs_resume_exactly(corpus: Path, tmp_path: Path) -> None:
 
 def test_settings_of_a_run_cannot_change(corpus: Path, tmp_path: Path) -> None:
     train(build_configuration(content(corpus, tmp_path / "run")))
+    file = tmp_path / "run" / "run.json"
+    began = json.loads(file.read_text())
+    del began["configuration"]["training.label_smoothing"], began["backend"]  # as runs of before had none
+    file.write_text(json.dumps(began))
+    smooth = build_configuration(content(corpus, tmp_path / "run", training={"label_smoothing": 0.1}))
+    with pytest.raises(ValueError, match=r"training.label_smoothing was 0.0, is 0.1"):
+        train(smooth)
+    train(build_configuration(content(corpus, tmp_path / "run")))
     other = build_configuration(content(corpus, tmp_path / "run", training={"learning_rate": 0.5}))
     with pytest.raises(
         ValueError, match=r"other settings \(training.learning_rate was 0.001, is 0.5\); --fresh starts"

@@ -211,6 +211,12 @@ class TrainConfiguration(Section):
         flat = dict(flatten(self.model_dump(mode="json")))
         return {name: value for name, value in flat.items() if not name.startswith(FREE)}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What shapes a run that says nothing: what a field meant before there was such a field."""
+        least = {"tokenizer": {"path": "none"}, "training": {"steps": 1}, "output": {"folder": "none"}}
+        return cls.model_validate(least).what_shapes_the_run()
+
     def what_all_hosts_share(self) -> dict[str, Any]:
         """Every field, by dotted name: the hosts of one run must agree on all of them."""
         return dict(flatten(self.model_dump(mode="json")))

@@ -40,7 +40,7 @@ def check_same_run(configuration: TrainConfiguration, run: Path, backend: str) -
             f"{run}: was begun with --backend {theirs}, whose checkpoints {backend} does not read; go on with that, or "
             f"give the model in it as model.path of a new run"
         )
-    began = content["configuration"]
+    began = TrainConfiguration.defaults() | content["configuration"]
     now = configuration.what_shapes_the_run()
     other = [name for name in sorted({*began, *now}) if began.get(name) != now.get(name)]
     if other:
