@@ -49,15 +49,15 @@ def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
     return AbstractMesh(shape, jax_mesh.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def traced_step(mesh: Any, config: NeuroBlastConfig, *, platform: str = "tpu") -> tuple[Any, Any]:
-    """(the training step traced for a mesh, the abstract state): bfloat16 products, layers computed twice, and the
-    attention of that platform."""
+def traced_step(mesh: Any, config: NeuroBlastConfig, *, attention: str = default_attention("tpu")) -> tuple[Any, Any]:
+    """(the training step traced for a mesh, the abstract state): bfloat16 products, layers computed twice, in
+    the form for TPUs."""
     computation = Computation(
         dtype=jnp.bfloat16,
-        attention=default_attention(platform),
+        attention=attention,
         remat="full",
         sharding=jax_mesh.place_hidden(mesh),
-        platform=platform,
+        platform="tpu",
     )
     rows, passes = ROWS, PASSES
     model = NeuroBlast(config, computation=computation)
@@ -123,7 +123,7 @@ def compiled_report(devices: int, config: NeuroBlastConfig) -> None:
     for section in (JaxSection(), JaxSection(fsdp=devices // 4), JaxSection(fsdp=devices // 8, tensor=2)):
         mesh = jax_mesh.make_mesh(section, jax.devices()[:devices])
         began = time.perf_counter()
-        traced, _ = traced_step(mesh, config, platform="cpu")
+        traced, _ = traced_step(mesh, config, attention="plain")
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - began
         found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])

@@ -83,11 +83,14 @@ def test_published_vectors(case, tmp_path):
     assert compared > 3
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_equals_torch(name):
-    """Logits, packed logits, and the gradient of a packed row, of configurations that reach every branch."""
+@pytest.mark.parametrize(
+    ("name", "platform"), [(n, "cpu") for n in CONFIGURATIONS] + [("plain", "gpu"), ("narrow", "gpu")]
+)
+def test_equals_torch(name, platform):
+    """Logits, packed logits, and the gradient of a packed row, of configurations that reach every branch; products and
+    convolutions in the form for this platform and in the form for the others."""
     theirs = random_model(**CONFIGURATIONS[name])
-    model, params = twin(theirs)
+    model, params = twin(theirs, platform=platform)
     ids = tokens()
     positions = np.stack([np.r_[np.arange(7), np.arange(12)], np.arange(19)])
     expected = theirs(torch.tensor(ids)).logits.detach().numpy()
@@ -151,6 +154,7 @@ def test_scan_remat_and_pieces_change_nothing():
         ("unrolled", Loss(packed=False), {"unroll": True}),
         ("scanned", Loss(packed=False), {"remat": "full"}),
         ("in pieces", Loss(packed=False, pieces=4), {"remat": "dots"}),
+        ("as on a GPU", Loss(packed=False), {"platform": "gpu"}),
     ):
         model, params = twin(theirs, **computation)
         found[name] = jax.jit(jax.value_and_grad(lambda p, m=model, c=loss: loss_sums(m, p, batch, c)[0]))(params)
@@ -170,6 +174,15 @@ def test_bfloat16_products_stay_close():
     assert found.dtype == jnp.float32
     off = float(jnp.abs(found - whole).max() / whole.std())
     assert 1e-3 < off < 0.2, off
+    batch = {"input_ids": ids, "labels": ids}
+    gradients = [
+        jax.grad(lambda p, m=model: loss_sums(m, p, batch, Loss(packed=False))[0])(params) for model in (exact, rough)
+    ]
+    for key, array in gradients[0].items():
+        other = gradients[1][key]
+        assert other.dtype == array.dtype
+        cosine = float(jnp.vdot(array, other) / jnp.linalg.norm(array.ravel()) / jnp.linalg.norm(other.ravel()))
+        assert 0.98 < cosine < 1 - 1e-9, (key, cosine)
 
 
 def test_splash_attention_equals_plain():

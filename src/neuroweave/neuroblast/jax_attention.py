@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from neuroweave.neuroblast.jax_products import product
+
 HIDDEN = -1e30  # a score that no softmax sees; finite, so that a row that sees nothing is no NaN
 LANES = 128  # of a TPU: what splash attention's sizes are multiples of
 BLOCKS = (1024, 512, 256, 128)
@@ -40,15 +42,17 @@ def plain_attention(
     scale: float,
     drop: Callable[[Array], Array],
     sharding: Any = None,
-    platform: str | None = None,
+    platform: str,
 ) -> Float[Array, "B T H D"]:
     """Attention written out; head h reads key-value head h // N. `drop`: dropout of the weights."""
     B, T, H, D = query_BTHD.shape
-    query = query_BTHD.reshape(B, T, key_BSGD.shape[2], -1, D)
-    scores = jnp.einsum("btgnd,bsgd->bgnts", query, key_BSGD, preferred_element_type=jnp.float32) * scale
+    G, S = key_BSGD.shape[2], key_BSGD.shape[1]
+    query_BGMD = query_BTHD.reshape(B, T, G, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, D)  # M: N times T
+    scores = product(query_BGMD, key_BSGD.swapaxes(1, 2), platform, wide=True).reshape(B, G, -1, T, S) * scale
     weights = jax.nn.softmax(jnp.where(sight.mask[:, None, None], scores, HIDDEN), axis=-1)
-    weights = drop(weights.astype(value_BSGD.dtype))
-    return jnp.einsum("bgnts,bsgd->btgnd", weights, value_BSGD).reshape(B, T, H, D)
+    weights_BGMS = drop(weights.astype(value_BSGD.dtype)).reshape(B, G, -1, S)
+    out = product(weights_BGMS, value_BSGD.transpose(0, 2, 3, 1), platform)
+    return out.reshape(B, G, -1, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 def splash_attention(
@@ -60,12 +64,12 @@ def splash_attention(
     scale: float,
     drop: Callable[[Array], Array],
     sharding: Any = None,
-    platform: str | None = None,
+    platform: str,
 ) -> Float[Array, "B T H D"]:
     """JAX's block-wise kernel for TPUs, which never holds the scores; elsewhere it is interpreted (for tests).
 
     For whole rows alone: without a cache, padding or dropout. `sharding`: of hidden states, whose mesh it runs on.
-    `platform`: what the program is compiled for, where that is not what runs here.
+    `platform`: what the program is compiled for.
     """
     B, T, _, D = query_BTHD.shape
     missing_T, missing_D = -T % LANES, -D % LANES
@@ -75,7 +79,7 @@ def splash_attention(
     ]
     documents = jnp.zeros((B, T), jnp.int32) if sight.documents is None else sight.documents
     documents = jnp.pad(documents, ((0, 0), (0, missing_T)), mode="edge")  # causal: what stands behind is not seen
-    interpret = (platform or jax.default_backend()) != "tpu"
+    interpret = platform != "tpu"
     run: Any = functools.partial(run_splash, window=sight.window, interpret=interpret)
     if sharding is not None:
         rows, tensor = sharding.spec[0], "tensor"

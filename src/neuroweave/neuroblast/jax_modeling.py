@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroweave.activations.jax import Function, build_function
 from neuroweave.neuroblast.jax_attention import ATTENTION, Sight
+from neuroweave.neuroblast.jax_products import causal_convolution, product
 from neuroweave.neuroblast.layer_plan import BRIDGES, STAGES, PlannedLayer
 from neuroweave.neuroblast.tensor_table import Block, Edit, blocks_of, edits_by_module, layer_edits, tensor_table
 from neuroweave.neuroblast.weight_map import EMBEDDING, HEAD
@@ -45,14 +46,14 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 class Computation:
     """How the model is computed. `dtype`: of matrix products. `attention`: a name in `ATTENTION`. `remat`: one in
     `REMAT`. `sharding`: of hidden states [B, T, C], None on one device. `unroll`: no scan over equal layers.
-    `platform`: what it is compiled for, where that is not what runs here."""
+    `platform`: what it is compiled for."""
 
     dtype: Any = jnp.float32
     attention: str = "plain"
     remat: str = "none"
     sharding: Any = None
     unroll: bool = False
-    platform: str | None = None
+    platform: str = field(default_factory=jax.default_backend)
 
 
 @dataclass(frozen=True)
@@ -109,34 +110,6 @@ def dropout(x: Float[Array, "B ..."], rate: float, keys: Array | None) -> Float[
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def causal_convolution(
-    x_BSC: Float[Array, "B S C"],
-    weight_DCK: Float[Array, "D C K"],
-    dilation: int,
-    tokens: int,
-    within_BT: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T D"]:
-    """The outputs of the last `tokens` columns; columns that lack before the first one are zeros.
-
-    `within_BT`: the place of each token in its document, where several are packed into a row; a tap that lies before
-    the document meets zeros.
-    """
-    taps = weight_DCK.shape[-1]
-    reach = (taps - 1) * dilation
-    x_BSC = jnp.pad(x_BSC, ((0, 0), (max(0, tokens + reach - x_BSC.shape[1]), 0), (0, 0)))[:, -(tokens + reach) :]
-    if within_BT is None:
-        dimensions = ("NWC", "OIW", "NWC")
-        return lax.conv_general_dilated(
-            x_BSC, weight_DCK, (1,), [(0, 0)], rhs_dilation=(dilation,), dimension_numbers=dimensions
-        )
-    total: Any = 0
-    for tap in range(taps):
-        near_BT1 = (within_BT >= (taps - 1 - tap) * dilation)[..., None]
-        x_BTC = lax.slice_in_dim(x_BSC, tap * dilation, tap * dilation + tokens, axis=1)
-        total = total + jnp.where(near_BT1, x_BTC, jnp.zeros((), x_BTC.dtype)) @ weight_DCK[..., tap].T
-    return total
-
-
 # ---------------------------------------------------------------------------------------------------------- layers
 
 
@@ -157,7 +130,7 @@ class Layer:
 
     def linear(self, weights: Params, name: str, x: Array) -> Array:
         """The projection called `name` and the activations around it."""
-        return linear(x, weights, name, self.computation.dtype, self.around.get(name))
+        return linear(x, weights, name, self.computation, self.around.get(name))
 
     def run(self, weights: Params, h: Array, context: Context, rotary: Any, number: Any, cache: Any) -> Any:
         """(hidden states [B, T, C], this layer's cache). `number`: the layer's, which decides what is dropped."""
@@ -222,22 +195,30 @@ class Layer:
             kept = x[:, x.shape[1] - columns.shape[2] :]
             cache = (lax.dynamic_update_index_in_dim(columns, kept.astype(columns.dtype), unit, 0), unit)
         assert self.planned.dilation is not None
-        x = causal_convolution(x, weights["conv.weight"].astype(dtype), self.planned.dilation, tokens, context.within)
+        x = causal_convolution(
+            x,
+            weights["conv.weight"].astype(dtype),
+            self.planned.dilation,
+            tokens,
+            context.within,
+            platform=self.computation.platform,
+        )
         if config.scale > 1:
             gate, value = jnp.split(x, 2, axis=-1)
             x = value * jax.nn.softmax(gate.astype(jnp.float32), axis=-1).astype(dtype)
         elif config.scale < 1:
-            x = x @ weights["proj_back.weight"].T.astype(dtype)
+            x = product(x, weights["proj_back.weight"].astype(dtype), self.computation.platform)
         x = rms_norm(x, weights["norm_out.weight"], config.rms_norm_eps)
         return h + dropout(x, config.dropout, key), cache
 
 
-def linear(x: Array, weights: Params, name: str, dtype: Any, activations: Any = None) -> Array:
-    """x W^T + b in `dtype`; `activations`: (before or None, those after)."""
+def linear(x: Array, weights: Params, name: str, computation: Computation, activations: Any = None) -> Array:
+    """x W^T + b in the dtype of products; `activations`: (before or None, those after)."""
     before, after = activations or (None, ())
+    dtype = computation.dtype
     if before is not None:
         x = before(x, below(weights, f"{name}.activation_before"))
-    y = x.astype(dtype) @ weights[f"{name}.weight"].astype(dtype).T
+    y = product(x.astype(dtype), weights[f"{name}.weight"].astype(dtype), computation.platform)
     if f"{name}.bias" in weights:
         y = y + weights[f"{name}.bias"].astype(dtype)
     for k, activation in enumerate(after):
@@ -341,9 +322,7 @@ class NeuroBlast:
 
     def logits(self, params: Params, h: Float[Array, "... C"]) -> Float[Array, "... V"]:
         """Of hidden states after the final norm, in float32."""
-        return linear(h, self.head(params), "lm_head", self.computation.dtype, self.head_activations).astype(
-            jnp.float32
-        )
+        return linear(h, self.head(params), "lm_head", self.computation, self.head_activations).astype(jnp.float32)
 
     def head(self, params: Params) -> dict[str, Array]:
         """The head's weights; the embedding's where they are tied."""
