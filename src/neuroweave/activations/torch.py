@@ -6,12 +6,13 @@ Shapes: every module maps `[..., n]` to `[..., n]`, n neurons; dtype and device 
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.activations import ACT2CLS
 
 from neuroweave.activations.formulas import FORMULAS, Primitives
 
@@ -50,3 +51,28 @@ class Activation(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name if self.beta is None else f"{self.name}, beta={self.beta}"
+
+
+def activation_name(activation: Any) -> str:
+    """Our name of an activation that computes exactly one of our formulas, else an empty string."""
+    if isinstance(activation, nn.Module) and getattr(activation, "name", None) in FORMULAS:
+        return str(activation.name)
+    for name, theirs in TRANSFORMERS_NAMES.items():
+        entry = ACT2CLS[theirs]
+        cls, settings = entry if isinstance(entry, tuple) else (entry, {})
+        if type(activation) is cls and not settings:
+            return name
+    kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+    return kinds.get(type(activation), "")
+
+
+TRANSFORMERS_NAMES = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "identity": "linear",
+}

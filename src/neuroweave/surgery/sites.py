@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
-from neuroweave.activations.formulas import FORMULAS
 from neuroweave.activations.mixtures import NeuronMixture, SegmentMixture
-from neuroweave.activations.torch import Activation
+from neuroweave.activations.torch import Activation, activation_name
 from neuroweave.surgery.recipe import LAYER_SITES, SITES
 
 # What the field calls the projections, by role. A fused one holds its parts one after the other in its output.
@@ -250,31 +249,6 @@ def mlp_neurons(
     role = roles.get("mlp.gate") or roles.get("mlp.up")
     widths = [held[role][1]] if role else [outputs for inputs, outputs in held.values() if outputs > inputs]
     return widths[0] if len(widths) == 1 else None
-
-
-def activation_name(activation: Any) -> str:
-    """Our name of an activation that computes exactly one of our formulas, else an empty string."""
-    if isinstance(activation, nn.Module) and getattr(activation, "name", None) in FORMULAS:
-        return str(activation.name)
-    for name, theirs in TRANSFORMERS_NAMES.items():
-        entry = ACT2CLS[theirs]
-        cls, settings = entry if isinstance(entry, tuple) else (entry, {})
-        if type(activation) is cls and not settings:
-            return name
-    kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
-    return kinds.get(type(activation), "")
-
-
-TRANSFORMERS_NAMES = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "tanh": "tanh",
-    "sigmoid": "sigmoid",
-    "identity": "linear",
-}
 
 
 # ------------------------------------------------------------------------------------------------------- attention

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from neuroweave import __version__
+from neuroweave.activations.torch import activation_name as activation_formula
 from neuroweave.checkpoint.describe import activation_name, text_config
 from neuroweave.checkpoint.header import TensorSpec
 from neuroweave.checkpoint.layers import find_projections
@@ -37,7 +38,6 @@ from neuroweave.surgery.neurons.bank import SOURCE, Bank, Neuron
 from neuroweave.surgery.neurons.neuron_statistics import ChosenStatistics, LayerStatistics, rounded
 from neuroweave.surgery.neurons.selection import SELECTIONS, best, shares
 from neuroweave.surgery.neurons.text_windows import SETTLED, Window, draw_windows, text_record
-from neuroweave.surgery.sites import activation_name as activation_formula
 from neuroweave.surgery.sites import text_decoder
 from neuroweave.text.tokens import NamedText
 

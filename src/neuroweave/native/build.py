@@ -1,0 +1,100 @@
+"""Compile a C++ source once for this machine, and load it.
+
+Built with ctypes in mind: no Python or PyTorch headers, so a build takes two seconds, not forty, and one library serves
+every Python and PyTorch version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w", "-pthread")
+HEADERS = Path(__file__).parent
+SWITCH = "NEUROWEAVE_NATIVE"  # 0: as if there were no compiler
+TIMEOUT = 300  # seconds
+
+
+class NativeUnavailableError(RuntimeError):
+    """There is no compiled code on this machine; the message says why."""
+
+
+def library(source: str) -> ctypes.CDLL:
+    """The library made from a C++ source, which may include the headers beside this file.
+
+    Raises NativeUnavailableError without a compiler, when it fails, and when `NEUROWEAVE_NATIVE=0`.
+    """
+    if os.environ.get(SWITCH) == "0":
+        raise NativeUnavailableError(f"{SWITCH} is 0")
+    return built(source)
+
+
+@functools.lru_cache(maxsize=64)
+def built(source: str) -> ctypes.CDLL:
+    compiler = find_compiler()
+    flags = (*FLAGS, *machine_flags())
+    digest = hashlib.sha256("\0".join([source, headers(), compiler, *flags, machine()]).encode()).hexdigest()
+    path = cache_folder() / f"{digest[:32]}.so"
+    if not path.is_file():
+        compile_to(path, compiler, flags, source)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailableError(f"{path} cannot be loaded ({error}); delete it and try again") from error
+
+
+def compile_to(path: Path, compiler: str, flags: tuple[str, ...], source: str) -> None:
+    """Compile beside `path` and put it there in one step, so that processes may do so at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            code, made = Path(folder, "source.cpp"), Path(folder, "made.so")
+            code.write_text(source)
+            command = [compiler, *flags, f"-I{HEADERS}", str(code), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            if done.returncode:
+                raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
+            os.replace(made, path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"nothing could be compiled into {path.parent} ({error})") from error
+
+
+def find_compiler() -> str:
+    """`CXX`, or the first of the usual names."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise NativeUnavailableError("there is no C++ compiler (c++, g++, clang++); install one, or set CXX to it")
+
+
+def machine_flags() -> tuple[str, ...]:
+    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+
+
+@functools.cache
+def machine() -> str:
+    """What the compiled code depends on: a home folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return " ".join([platform.system(), platform.machine(), platform.processor(), flags])
+
+
+@functools.cache
+def headers() -> str:
+    return "\0".join(path.read_text() for path in sorted(HEADERS.glob("*.h")))
+
+
+def cache_folder() -> Path:
+    """`NEUROWEAVE_CACHE`, or the user's cache folder."""
+    own = os.environ.get("NEUROWEAVE_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "neuroweave")) / "native"

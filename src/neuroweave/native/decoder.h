@@ -1,0 +1,563 @@
+// Runs a program of operations on one token at a time: what a decoder is made of, by a team of threads.
+// Each operation reads and writes buffers of float32; weights are float32, int8 or 4-bit rows. A source that includes
+// this file defines `activate(kind, ...)`, made from the activations of the model at hand.
+#pragma once
+#include "vectors.h"
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+enum Format { FLOAT32 = 0, INT8 = 1, INT4 = 2 };
+enum Kind { EMBED, NORM, LINEAR, ROTATE, ATTEND, GLU, ACTIVATE, ADD, GATHER, SOFTMAX_GATE, SPARSE_GLU, MERGE, MULTIPLY };
+constexpr int BLOCK = 64;  // inputs that share one scale when they are rounded to int8
+
+struct Segment { int32_t kind, start, stop, stride; const float *weights, *beta; };
+void activate(int kind, const float *x, float *y, int n, const float *weights, int stride, const float *beta);
+
+struct Matrix {
+    const void *data;       // rows of float; of int8, 128 added; of two 4-bit numbers a byte, 8 added
+    const void *scales;     // int8: float, one a row; 4-bit: half, one for 32 inputs
+    const float *bias;
+    int32_t rows, columns, format, padding;
+};
+struct Op {
+    int32_t kind, n, m, k;          // see each operation
+    int32_t flags, heads, groups, window;
+    float a, b;
+    const float *in, *in2;
+    float *out;
+    const float *weight, *weight2;
+    float *keys, *values;
+    const Matrix *matrix, *matrix2, *matrix3;
+    const Segment *segments;
+    int64_t segment_count;
+};
+
+struct Rounded {  // an input vector as int8, with what every block's product has too much
+    std::vector<int8_t> values;
+    std::vector<float> scales;
+    std::vector<int32_t> excess;  // 16 numbers a block: -(128 or 8) times the sums of 4 inputs
+};
+
+static void round_input(Rounded &r, const float *x, int n, int format) {
+    int blocks = (n + BLOCK - 1) / BLOCK;
+    r.values.assign((size_t)blocks * BLOCK, 0);
+    r.scales.resize(blocks);
+    r.excess.resize((size_t)blocks * 16);
+    for (int b = 0; b < blocks; b++) {
+        int count = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
+        const float *p = x + b * BLOCK;
+        float most = 0;
+        for (int i = 0; i < count; i++) most = fmaxf(most, fabsf(p[i]));
+        float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+        int8_t *q = r.values.data() + b * BLOCK;
+        for (int i = 0; i < count; i++) q[i] = (int8_t)(int)(p[i] * inverse + (p[i] < 0 ? -0.5f : 0.5f));
+        r.scales[b] = scale;
+        int offset = format == INT8 ? -128 : -8;
+        for (int lane = 0; lane < 16; lane++) {
+            int total = 0;
+            for (int j = 0; j < 4; j++) total += q[4 * lane + j];
+            r.excess[b * 16 + lane] = offset * total;
+        }
+    }
+}
+
+static inline float dot_float(const float *w, const float *x, int n) {
+    vec a{}, b{}, c{}, d{};
+    int i = 0;
+    for (; i + 4 * WIDTH <= n; i += 4 * WIDTH) {
+        __builtin_prefetch(w + i + 256);
+        __builtin_prefetch(w + i + 256 + 2 * WIDTH);
+        a += load(w + i) * load(x + i);
+        b += load(w + i + WIDTH) * load(x + i + WIDTH);
+        c += load(w + i + 2 * WIDTH) * load(x + i + 2 * WIDTH);
+        d += load(w + i + 3 * WIDTH) * load(x + i + 3 * WIDTH);
+    }
+    for (; i + WIDTH <= n; i += WIDTH) a += load(w + i) * load(x + i);
+    float s = sum((a + b) + (c + d));
+    for (; i < n; i++) s += w[i] * x[i];
+    return s;
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
+    __m512 total = _mm512_setzero_ps();
+    for (int b = 0; b < blocks; b++) {
+        __m512i q = _mm512_dpbusd_epi32(_mm512_loadu_si512(r.excess.data() + 16 * b), _mm512_loadu_si512(w + 64 * b),
+                                        _mm512_loadu_si512(r.values.data() + 64 * b));
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(r.scales[b]), total);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rounded &r, int blocks) {
+    __m512 total = _mm512_setzero_ps();
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int b = 0; b < blocks; b++) {
+        __m256i packed = _mm256_loadu_si256((const __m256i *)(w + 32 * b));
+        __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+        __m512i unpacked = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low)), high, 1);
+        __m512i q = _mm512_dpbusd_epi32(_mm512_loadu_si512(r.excess.data() + 16 * b), unpacked,
+                                        _mm512_loadu_si512(r.values.data() + 64 * b));
+        int32_t two;
+        memcpy(&two, scales + 2 * b, 4);
+        __m128 pair = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(two)), _mm_set1_ps(r.scales[b]));
+        __m512 scale = _mm512_permutexvar_ps(
+            _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), _mm512_castps128_ps512(pair));
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), scale, total);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+#else
+static inline float half_to_float(uint16_t h) {
+    uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    if (exponent == 0) { float v = mantissa * 5.9604644775390625e-8f; return sign ? -v : v; }
+    uint32_t b = sign | ((exponent + 112) << 23) | (mantissa << 13);
+    float v; memcpy(&v, &b, 4); return v;
+}
+#if defined(__AVX2__)
+static inline __m256i products(__m256i u, __m256i s) {  // sums of 2 neighbours, then of 4: u8 times s8 without saturation
+    __m256i even = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(u)),
+                                     _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)));
+    __m256i odd = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(u, 1)),
+                                    _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1)));
+    return _mm256_add_epi32(even, odd);
+}
+static inline float total8(__m256 v) { float t[8], s = 0; _mm256_storeu_ps(t, v); for (int i = 0; i < 8; i++) s += t[i]; return s; }
+static inline __m256i excess8(const int32_t *e) {
+    return _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)e), _mm256_loadu_si256((const __m256i *)(e + 8)));
+}
+static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
+    __m256 total = _mm256_setzero_ps();
+    for (int b = 0; b < blocks; b++) {
+        const __m256i *u = (const __m256i *)(w + 64 * b), *s = (const __m256i *)(r.values.data() + 64 * b);
+        __m256i q = _mm256_add_epi32(products(_mm256_loadu_si256(u), _mm256_loadu_si256(s)),
+                                     products(_mm256_loadu_si256(u + 1), _mm256_loadu_si256(s + 1)));
+        q = _mm256_add_epi32(q, excess8(r.excess.data() + 16 * b));
+        total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(r.scales[b])));
+    }
+    return total8(total);
+}
+static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rounded &r, int blocks) {
+    __m256 total = _mm256_setzero_ps();
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int b = 0; b < blocks; b++) {
+        __m256i packed = _mm256_loadu_si256((const __m256i *)(w + 32 * b));
+        const __m256i *s = (const __m256i *)(r.values.data() + 64 * b), *e = (const __m256i *)(r.excess.data() + 16 * b);
+        __m256i first = products(_mm256_and_si256(packed, low), _mm256_loadu_si256(s));
+        __m256i second = products(_mm256_and_si256(_mm256_srli_epi16(packed, 4), low), _mm256_loadu_si256(s + 1));
+        first = _mm256_add_epi32(first, _mm256_loadu_si256(e));
+        second = _mm256_add_epi32(second, _mm256_loadu_si256(e + 1));
+        __m256 one = _mm256_set1_ps(half_to_float(scales[2 * b]) * r.scales[b]);
+        __m256 two = _mm256_set1_ps(half_to_float(scales[2 * b + 1]) * r.scales[b]);
+        total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(first), one));
+        total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(second), two));
+    }
+    return total8(total);
+}
+#else
+static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
+    float total = 0;
+    for (int b = 0; b < blocks; b++) {
+        int32_t q = 0;
+        for (int i = 0; i < 64; i++) q += ((int)w[64 * b + i] - 128) * r.values[64 * b + i];
+        total += q * r.scales[b];
+    }
+    return total;
+}
+static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rounded &r, int blocks) {
+    float total = 0;
+    for (int b = 0; b < blocks; b++) {
+        int32_t one = 0, two = 0;
+        for (int i = 0; i < 32; i++) {
+            one += ((w[32 * b + i] & 15) - 8) * r.values[64 * b + i];
+            two += ((w[32 * b + i] >> 4) - 8) * r.values[64 * b + 32 + i];
+        }
+        total += (one * half_to_float(scales[2 * b]) + two * half_to_float(scales[2 * b + 1])) * r.scales[b];
+    }
+    return total;
+}
+#endif
+#endif
+
+static inline int blocks_of(const Matrix &m) { return (m.columns + BLOCK - 1) / BLOCK; }
+
+static inline float row_product(const Matrix &m, int row, const float *x, const Rounded &r) {
+    float y;
+    if (m.format == FLOAT32) y = dot_float((const float *)m.data + (size_t)row * m.columns, x, m.columns);
+    else if (m.format == INT8)
+        y = dot_int8((const uint8_t *)m.data + (size_t)row * blocks_of(m) * 64, r, blocks_of(m)) * ((const float *)m.scales)[row];
+    else {
+        size_t blocks = blocks_of(m);
+        y = dot_int4((const uint8_t *)m.data + row * blocks * 32, (const uint16_t *)m.scales + row * blocks * 2, r, (int)blocks);
+    }
+    return m.bias ? y + m.bias[row] : y;
+}
+
+static void activate_segments(const Op &op, const float *x, float *y, int start, int count) {
+    for (int64_t i = 0; i < op.segment_count; i++) {
+        const Segment &s = op.segments[i];
+        int from = s.start > start ? s.start : start, to = s.stop < start + count ? s.stop : start + count;
+        if (from >= to) continue;
+        int skip = from - s.start;
+        activate(s.kind, x + (from - start), y + (from - start), to - from, s.weights ? s.weights + skip : nullptr, s.stride,
+                 s.beta ? s.beta + skip : nullptr);
+    }
+}
+
+struct Member {  // what a thread of the team owns
+    Rounded rounded;
+    std::vector<float> scratch, partial;
+    int64_t meetings = 0;
+};
+
+class Team {
+  public:
+    explicit Team(int count) : count(count), members(count) {
+        for (int i = 1; i < count; i++) threads.emplace_back([this, i] { serve(i); });
+    }
+    ~Team() {
+        { std::lock_guard<std::mutex> hold(lock); ending = true; }
+        wake.notify_all();
+        for (auto &thread : threads) thread.join();
+    }
+    void run(const Op *given, int number, int64_t token, int64_t position) {
+        ops = given; op_count = number; this->token = token; this->position = position;
+        if ((int)counters.size() < number) { counters = std::vector<std::atomic<int>>(number); }
+        for (int i = 0; i < number; i++) counters[i].store(0, std::memory_order_relaxed);
+        { std::lock_guard<std::mutex> hold(lock); epoch.fetch_add(1); }
+        if (count > 1) wake.notify_all();
+        work(0);
+    }
+    int size() const { return count; }
+
+  private:
+    int count;
+    std::vector<Member> members;
+    std::vector<std::thread> threads;
+    std::mutex lock;
+    std::condition_variable wake;
+    std::atomic<int> epoch{0};
+    std::atomic<int64_t> arrived{0};
+    std::vector<std::atomic<int>> counters;
+    bool ending = false;
+    const Op *ops = nullptr;
+    int op_count = 0;
+    int64_t token = 0, position = 0;
+
+    void serve(int id) {
+        int seen = 0;
+        while (true) {
+            for (int spin = 0; spin < 20000 && epoch.load(std::memory_order_acquire) == seen; spin++) pause();
+            if (epoch.load() == seen) {
+                std::unique_lock<std::mutex> hold(lock);
+                wake.wait(hold, [&] { return ending || epoch.load() != seen; });
+                if (ending) return;
+            }
+            seen++;
+            work(id);
+        }
+    }
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    void meet(Member &me) {  // every thread waits here for the others
+        if (count == 1) return;
+        int64_t all = ++me.meetings * count;
+        arrived.fetch_add(1, std::memory_order_acq_rel);
+        for (int spin = 0; arrived.load(std::memory_order_acquire) < all; spin++) {
+            if (spin < 2000) pause(); else std::this_thread::yield();
+        }
+    }
+    void work(int id) {
+        Member &me = members[id];
+        for (int i = 0; i < op_count; i++) {
+            run_op(ops[i], i, id, me);
+            meet(me);
+        }
+    }
+    template <class F> void share(int op, int total, int chunk, F &&body) {  // chunks, as threads have time
+        for (int at; (at = counters[op].fetch_add(chunk, std::memory_order_relaxed)) < total;)
+            body(at, at + chunk < total ? at + chunk : total);
+    }
+    void run_op(const Op &op, int number, int id, Member &me);
+};
+
+static void round_for(Member &me, const Matrix &m, const float *x) {
+    if (m.format != FLOAT32) round_input(me.rounded, x, m.columns, m.format);
+}
+static int chunk_of(int rows, int columns, int threads) {
+    int chunk = (1 << 15) / (columns > 0 ? columns : 1);  // of a few microseconds
+    chunk = chunk < 16 ? 16 : chunk;
+    int most = (rows + threads - 1) / threads;
+    chunk = chunk > most ? most : chunk;
+    return (chunk + WIDTH - 1) / WIDTH * WIDTH;
+}
+
+static void embed(const Op &op, int64_t token) {
+    const Matrix &m = *op.matrix;
+    size_t blocks = blocks_of(m);
+    for (int i = 0; i < m.columns; i++) {
+        float v;
+        if (m.format == FLOAT32) v = ((const float *)m.data)[token * m.columns + i];
+        else if (m.format == INT8)
+            v = (((const uint8_t *)m.data)[token * blocks * 64 + i] - 128) * ((const float *)m.scales)[token];
+        else {
+            int b = i / 64, j = i % 64;
+            uint8_t byte = ((const uint8_t *)m.data)[token * blocks * 32 + 32 * b + j % 32];
+            int q = j < 32 ? byte & 15 : byte >> 4;
+            uint16_t h = ((const uint16_t *)m.scales)[token * blocks * 2 + 2 * b + (j >= 32)];
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+            v = (q - 8) * _cvtsh_ss(h);
+#else
+            v = (q - 8) * half_to_float(h);
+#endif
+        }
+        op.out[i] = v * op.a;
+    }
+}
+static void norm(const Op &op) {  // n numbers each, m of them; flags 1: the mean is taken away, 2: weight is missing
+    for (int g = 0; g < op.m; g++) {
+        const float *x = op.in + (size_t)g * op.n;
+        float *y = op.out + (size_t)g * op.n;
+        double mean = 0;
+        if (op.flags & 1) { for (int i = 0; i < op.n; i++) mean += x[i]; mean /= op.n; }
+        float centre = (float)mean;
+        vec squares{};
+        int i = 0;
+        for (; i + WIDTH <= op.n; i += WIDTH) { vec d = load(x + i) - centre; squares += d * d; }
+        float total = sum(squares);
+        for (; i < op.n; i++) total += (x[i] - centre) * (x[i] - centre);
+        float scale = 1.0f / sqrtf(total / op.n + op.a);
+        for (i = 0; i < op.n; i++) {
+            float v = (x[i] - centre) * scale;
+            if (op.weight) v *= op.weight[i];
+            y[i] = op.weight2 ? v + op.weight2[i] : v;
+        }
+    }
+}
+static void rotate(const Op &op, int64_t position) {  // heads of n channels, of which the first m turn; k: row of the table
+    const float *cos = op.weight + position * op.k, *sin = op.weight2 + position * op.k;
+    int half = op.m / 2;
+    for (int h = 0; h < op.heads; h++) {
+        float *x = op.out + (size_t)h * op.n;
+        for (int i = 0; i < half; i++) {
+            float first = x[i], second = x[i + half];
+            x[i] = first * cos[i] - second * sin[i];
+            x[i + half] = second * cos[i + half] + first * sin[i + half];
+        }
+    }
+}
+// n channels a head, m positions in the cache; in: queries, in2: new keys, weight: new values; window 0: all; a: scale; b: soft cap
+static void attend(const Op &op, int head, int64_t position, Member &me) {
+    int group = head / (op.heads / op.groups), n = op.n;
+    const float *keys = op.keys + (size_t)group * op.m * n, *values = op.values + (size_t)group * op.m * n;
+    int64_t from = op.window && position - op.window + 1 > 0 ? position - op.window + 1 : 0;
+    int count = (int)(position - from + 1);
+    if ((int)me.scratch.size() < count + 2 * WIDTH) me.scratch.resize(count + 1024);
+    float *scores = me.scratch.data();
+    const float *q = op.in + (size_t)head * n;
+    vec top = all(-INFINITY);
+    for (int i = 0; i < count; i++) scores[i] = dot_float(keys + (from + i) * n, q, n) * op.a;
+    if (op.b > 0) for (int i = 0; i < count; i += WIDTH) store(scores + i, f_tanh(load(scores + i) / op.b) * op.b);
+    int whole = count / WIDTH * WIDTH;
+    for (int i = 0; i < whole; i += WIDTH) top = largest(top, load(scores + i));
+    float most = -INFINITY;
+    for (int i = 0; i < WIDTH; i++) most = fmaxf(most, top[i]);
+    for (int i = whole; i < count; i++) most = fmaxf(most, scores[i]);
+    for (int i = count; i < whole + WIDTH; i++) scores[i] = -INFINITY;
+    vec total{};
+    for (int i = 0; i < count; i += WIDTH) {
+        vec s = load(scores + i), e = f_exp(s - most);
+        e = pick(s == -INFINITY, all(0.0f), e);
+        store(scores + i, e);
+        total += e;
+    }
+    float inverse = 1.0f / sum(total);
+    float *out = op.out + (size_t)head * n;
+    int c = 0;
+    for (; c + 4 * WIDTH <= n; c += 4 * WIDTH) {
+        vec s0{}, s1{}, s2{}, s3{};
+        for (int i = 0; i < count; i++) {
+            const float *v = values + (from + i) * n + c;
+            float w = scores[i];
+            s0 += load(v) * w; s1 += load(v + WIDTH) * w; s2 += load(v + 2 * WIDTH) * w; s3 += load(v + 3 * WIDTH) * w;
+        }
+        store(out + c, s0 * inverse); store(out + c + WIDTH, s1 * inverse);
+        store(out + c + 2 * WIDTH, s2 * inverse); store(out + c + 3 * WIDTH, s3 * inverse);
+    }
+    for (; c < n; c++) {
+        float s = 0;
+        for (int i = 0; i < count; i++) s += scores[i] * values[(from + i) * n + c];
+        out[c] = s * inverse;
+    }
+}
+
+// out[i] of rows start to stop of a product
+static void linear(const Op &op, int start, int stop, Member &me) {
+    for (int row = start; row < stop; row++) {
+        float y = row_product(*op.matrix, row, op.in, me.rounded);
+        if (op.b > 0) y = op.b * tanhf(y / op.b);  // a soft cap, of logits
+        op.out[row] = op.flags & 1 ? op.out[row] + op.a * y : op.a * y;
+    }
+}
+// act(gate) * up of neurons start to stop
+static void gated(const Op &op, int start, int stop, Member &me) {
+    float gate[64], up[64], acted[64];
+    for (int from = start; from < stop; from += 64) {
+        int count = stop - from < 64 ? stop - from : 64;
+        for (int i = 0; i < count; i++) gate[i] = row_product(*op.matrix, from + i, op.in, me.rounded);
+        activate_segments(op, gate, acted, from, count);
+        if (op.matrix2) {
+            for (int i = 0; i < count; i++) up[i] = row_product(*op.matrix2, from + i, op.in, me.rounded);
+            for (int i = 0; i < count; i++) acted[i] *= up[i];
+        }
+        memcpy(op.out + from, acted, 4 * count);
+    }
+}
+
+static inline vec bytes_to_floats(const uint8_t *p) {
+    typedef uint8_t narrow __attribute__((vector_size(WIDTH), aligned(1)));
+    narrow v; memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vec);
+}
+// partial += sum of factors[i] * row rows[i] of a matrix of a row a neuron
+static void add_rows(const Matrix &m, const int *rows, const float *factors, int count, float *partial) {
+    int n = m.columns;
+    for (int at = 0; at < count; at += 4) {
+        int of = count - at < 4 ? count - at : 4;
+        float f[4] = {0, 0, 0, 0};
+        size_t r[4];
+        for (int i = 0; i < 4; i++) { r[i] = rows[at + (i < of ? i : 0)]; if (i < of) f[i] = factors[at + i]; }
+        int c = 0;
+        if (m.format == FLOAT32) {
+            const float *d = (const float *)m.data, *p0 = d + r[0] * n, *p1 = d + r[1] * n, *p2 = d + r[2] * n, *p3 = d + r[3] * n;
+            for (; c + WIDTH <= n; c += WIDTH) {
+                __builtin_prefetch(p0 + c + 128); __builtin_prefetch(p1 + c + 128);
+                __builtin_prefetch(p2 + c + 128); __builtin_prefetch(p3 + c + 128);
+                vec s = load(partial + c);
+                s += load(p0 + c) * f[0]; s += load(p1 + c) * f[1]; s += load(p2 + c) * f[2]; s += load(p3 + c) * f[3];
+                store(partial + c, s);
+            }
+            for (; c < n; c++) partial[c] += p0[c] * f[0] + p1[c] * f[1] + p2[c] * f[2] + p3[c] * f[3];
+        } else {  // int8: 128 was added to each
+            size_t stride = (size_t)blocks_of(m) * 64;
+            const uint8_t *d = (const uint8_t *)m.data, *p0 = d + r[0] * stride, *p1 = d + r[1] * stride, *p2 = d + r[2] * stride, *p3 = d + r[3] * stride;
+            const float *scales = (const float *)m.scales;
+            for (int i = 0; i < 4; i++) f[i] *= scales[r[i]];
+            float excess = -128.0f * (f[0] + f[1] + f[2] + f[3]);
+            for (; c + WIDTH <= n; c += WIDTH) {
+                __builtin_prefetch(p0 + c + 256); __builtin_prefetch(p1 + c + 256);
+                __builtin_prefetch(p2 + c + 256); __builtin_prefetch(p3 + c + 256);
+                vec s = load(partial + c) + excess;
+                s += bytes_to_floats(p0 + c) * f[0]; s += bytes_to_floats(p1 + c) * f[1];
+                s += bytes_to_floats(p2 + c) * f[2]; s += bytes_to_floats(p3 + c) * f[3];
+                store(partial + c, s);
+            }
+            for (; c < n; c++) partial[c] += p0[c] * f[0] + p1[c] * f[1] + p2[c] * f[2] + p3[c] * f[3] + excess;
+        }
+    }
+}
+// partial += down(act(gate) * up) of neurons start to stop, of which those whose |act(gate)| is at most the neuron's
+// threshold (weight; none: 0) count for nothing: their rows of up and down are not read
+static void sparse(const Op &op, int start, int stop, Member &me) {
+    float gate[64], acted[64], factors[64];
+    int rows[64];
+    for (int from = start; from < stop; from += 64) {
+        int count = stop - from < 64 ? stop - from : 64, live = 0;
+        for (int i = 0; i < count; i++) gate[i] = row_product(*op.matrix, from + i, op.in, me.rounded);
+        activate_segments(op, gate, acted, from, count);
+        for (int i = 0; i < count; i++)
+            if (fabsf(acted[i]) > (op.weight ? op.weight[from + i] : 0.0f)) { rows[live] = from + i; factors[live++] = acted[i]; }
+        for (int i = 0; i < live; i++) {
+            if (op.matrix2->format == FLOAT32 && i + 1 < live)
+                __builtin_prefetch((const float *)op.matrix2->data + (size_t)rows[i + 1] * op.matrix2->columns);
+            factors[i] *= row_product(*op.matrix2, rows[i], op.in, me.rounded);
+        }
+        add_rows(*op.matrix3, rows, factors, live, me.partial.data());
+    }
+}
+
+inline void Team::run_op(const Op &op, int number, int id, Member &me) {
+    switch (op.kind) {
+    case EMBED: if (id == 0) embed(op, token); break;
+    case NORM: if (id == 0) norm(op); break;
+    case ROTATE:
+        if (id == 0) rotate(op, position);
+        break;
+    case LINEAR:
+        round_for(me, *op.matrix, op.in);
+        share(number, op.matrix->rows, chunk_of(op.matrix->rows, op.matrix->columns, count), [&](int a, int b) { linear(op, a, b, me); });
+        break;
+    case GLU:
+        round_for(me, *op.matrix, op.in);
+        share(number, op.matrix->rows, chunk_of(op.matrix->rows, 2 * op.matrix->columns, count), [&](int a, int b) { gated(op, a, b, me); });
+        break;
+    case SPARSE_GLU:
+        round_for(me, *op.matrix, op.in);
+        me.partial.assign(op.matrix3->columns, 0.0f);
+        share(number, op.matrix->rows, 64, [&](int a, int b) { sparse(op, a, b, me); });
+        break;
+    case MERGE:
+        share(number, op.n, 256, [&](int a, int b) {
+            for (auto &member : members) for (int i = a; i < b; i++) op.out[i] += op.a * member.partial[i];
+        });
+        break;
+    case ATTEND: {
+        int n = op.n;  // the new keys and values are put down by whoever comes first to a group
+        if (id == 0) for (int g = 0; g < op.groups; g++) {
+            memcpy(op.keys + ((size_t)g * op.m + position) * n, op.in2 + (size_t)g * n, 4 * n);
+            memcpy(op.values + ((size_t)g * op.m + position) * n, op.weight + (size_t)g * n, 4 * n);
+        }
+        meet(me);
+        share(number, op.heads, 1, [&](int a, int b) { for (int h = a; h < b; h++) attend(op, h, position, me); });
+        break;
+    }
+    case ACTIVATE:
+        share(number, op.n, chunk_of(op.n, 256, count), [&](int a, int b) { activate_segments(op, op.in + a, op.out + a, a, b - a); });
+        break;
+    case ADD:
+        if (id == 0) for (int i = 0; i < op.n; i++) op.out[i] = op.a * op.in[i] + (op.in2 ? op.b * op.in2[i] : 0.0f);
+        break;
+    case MULTIPLY:
+        if (id == 0) for (int i = 0; i < op.n; i++) op.out[i] = op.in[i] * op.in2[i];
+        break;
+    case GATHER:  // a ring of n channels and m places, of which every k-th counts, `heads` of them; the newest is put in
+        if (id == 0) {
+            float *ring = op.keys;
+            memcpy(ring + (size_t)(position % op.m) * op.n, op.in, 4 * op.n);
+            for (int t = 0; t < op.heads; t++) {
+                int64_t at = position - (int64_t)(op.heads - 1 - t) * op.k;
+                if (at < 0) memset(op.out + (size_t)t * op.n, 0, 4 * op.n);
+                else memcpy(op.out + (size_t)t * op.n, ring + (size_t)(at % op.m) * op.n, 4 * op.n);
+            }
+        }
+        break;
+    case SOFTMAX_GATE:  // out = second half * softmax(first half), of n each
+        if (id == 0) {
+            float most = -INFINITY, total = 0;
+            for (int i = 0; i < op.n; i++) most = fmaxf(most, op.in[i]);
+            for (int i = 0; i < op.n; i++) total += op.out[i] = expf(op.in[i] - most);
+            for (int i = 0; i < op.n; i++) op.out[i] *= op.in[op.n + i] / total;
+        }
+        break;
+    }
+}
+
+extern "C" {
+void *neuroweave_team(int threads) { return new Team(threads < 1 ? 1 : threads); }
+void neuroweave_end(void *team) { delete (Team *)team; }
+void neuroweave_run(void *team, const Op *ops, int count, int64_t token, int64_t position) {
+    ((Team *)team)->run(ops, count, token, position);
+}
+void neuroweave_activate(int kind, const float *x, float *y, int64_t n, const float *weights, int64_t stride, const float *beta) {
+    activate(kind, x, y, (int)n, weights, (int)stride, beta);
+}
+int neuroweave_sizes(int which) { return which == 0 ? sizeof(Op) : which == 1 ? sizeof(Matrix) : sizeof(Segment); }
+}

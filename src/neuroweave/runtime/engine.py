@@ -1,0 +1,73 @@
+"""A model that decodes fast on a CPU: reads a prompt in PyTorch, then makes one token after the other, compiled.
+
+Letters: V vocabulary, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neuroweave.native.build import NativeUnavailableError
+from neuroweave.runtime.compiled import CompiledProgram
+from neuroweave.runtime.operations import Attend, Gather, Program
+from neuroweave.runtime.reference import read, run_reference
+
+CHUNK = 512  # tokens of a prompt that are read at once
+
+
+class Engine:
+    """A program and its caches. `positions`: how long a text may be. `compiled`: whether a compiler was found;
+    `why_not` says why it was not."""
+
+    def __init__(self, program: Program, *, positions: int, threads: int | None = None) -> None:
+        if not 1 <= positions <= program.positions:
+            raise ValueError(f"{positions} positions: this model has {program.positions}")
+        self.program, self.positions, self.seen = program, positions, 0
+        for operation in program.operations:
+            if isinstance(operation, Attend):
+                operation.keys = torch.zeros(operation.groups, positions, operation.size)
+                operation.values = torch.zeros(operation.groups, positions, operation.size)
+            elif isinstance(operation, Gather):
+                operation.ring = torch.zeros(operation.places, operation.source.size)
+        self.why_not = ""
+        self.runner: CompiledProgram | None = None
+        try:
+            self.runner = CompiledProgram(program, torch.get_num_threads() if threads is None else threads)
+        except NativeUnavailableError as error:
+            self.why_not = str(error)
+
+    @property
+    def compiled(self) -> bool:
+        return self.runner is not None
+
+    def reset(self) -> None:
+        """Forget the text. What the caches hold of it is never read again."""
+        self.seen = 0
+
+    def read_prompt(self, tokens: Sequence[int]) -> Float[Tensor, " V"]:
+        """The logits after `tokens`, which follow what was seen before."""
+        if not tokens:
+            raise ValueError("there is no token to read")
+        self.check_room(len(tokens))
+        for start in range(0, len(tokens), CHUNK):
+            part = list(tokens[start : start + CHUNK])
+            state = run_reference(self.program, part, self.seen)
+            self.seen += len(part)
+        return read(state, self.program.logits)[-1]
+
+    def step(self, token: int) -> Float[Tensor, " V"]:
+        """The logits after one more token; overwritten by the next step."""
+        if self.runner is None:
+            return self.read_prompt([token])
+        self.check_room(1)
+        self.runner.step(token, self.seen)
+        self.seen += 1
+        return self.runner.buffers[self.program.logits.buffer]
+
+    def check_room(self, tokens: int) -> None:
+        if self.seen + tokens > self.positions:
+            raise ValueError(f"{self.seen + tokens} tokens, but there is room for {self.positions}")
