@@ -24,8 +24,8 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "smollm3": {"no_rope_layers": [1, 0]},
-    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 24,
-                    "final_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"],
+                    "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0},
 }  # fmt: skip
 TOKENS = torch.randint(3, 97, (23,), generator=torch.Generator().manual_seed(0))
 STAGES = {"num_sensory_layers": 2, "num_associative_layers": 2, "num_motor_layers": 1}

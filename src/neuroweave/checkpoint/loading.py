@@ -57,6 +57,10 @@ def check_source(source: str | Path) -> None:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "_CHECKPOINT_METADATA").is_file():
+                raise ValueError(
+                    f"{source}: what a JAX training run goes on from, no model; that is {path.parent / 'model'}"
+                )
             raise ValueError(f"{source}: no config.json in this folder; is it a checkpoint?")
     elif path.is_file():
         raise ValueError(f"{source}: a file; give a checkpoint folder (neuroweave import turns a GGUF file into one)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import sys
@@ -55,21 +56,27 @@ SEEDS = 2**32
 @click.option(
     "--backend", type=click.Choice(["torch", "jax"]), default="torch", show_default=True, help="jax: NeuroBLAST models."
 )
+@click.option("--fast", is_flag=True, help="Llama and its kin, NeuroBLAST: compiled for this CPU; the same tokens.")
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "int8", "int4"]),
+    help="With --fast: round the weights; faster, less exact.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 @click.option("--stats", is_flag=True, help="One line on stderr at the end: tokens and tokens per second.")
 @click.option("--verbose", is_flag=True, help="Say on stderr how the model was loaded and how tokens are chosen.")
 @json_option
 def command(
     model: str, prompt: str | None, file: Path | None, chat: bool | None, system: str | None, new_tokens: int,
-    seed: int | None, assistant: str | None, dtype: str, backend: str, device: str, stats: bool, verbose: bool,
-    as_json: bool, **options: Any,
+    seed: int | None, assistant: str | None, dtype: str, backend: str, fast: bool, weights: str | None, device: str,
+    stats: bool, verbose: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    kind = writer_of(backend)
+    load = loader_of(backend, fast=fast, weights=weights)
     chosen = decoding(**options)
     if assistant and "prompt_lookup_num_tokens" in chosen:
         raise ValueError("--assistant and --prompt-lookup both draft tokens; give one of them")
     text = read_prompt(prompt, file)
-    writer = kind.load(model, assistant=assistant, dtype=dtype, device=device)
+    writer = load(model, assistant=assistant, dtype=dtype, device=device)
     ids, templated = writer.encode(text, chat=chat, system=system)
     limit = writer.room(ids, new_tokens)
     config = writer.settings(chosen, limit, chat=templated)
@@ -89,16 +96,24 @@ def command(
         note(f"the context is full: {len(ids)} tokens of prompt and {limit} new ones")
 
 
-def writer_of(backend: str) -> type[Writer]:
-    """What loads a model and writes with it. Raises ValueError where the backend is not installed."""
-    from neuroweave.cli.streaming import Writer
+def loader_of(backend: str, *, fast: bool, weights: str | None) -> Callable[..., Writer]:
+    """What loads a model to write with. Raises ValueError where the backend is not installed."""
+    if weights and not fast:
+        raise ValueError(f"--weights {weights} is of the fast runtime; give --fast too")
+    if fast and backend != "torch":
+        raise ValueError(f"--fast and --backend {backend} are two ways to make tokens; give one of them")
+    if fast:
+        from neuroweave.cli.fast_writing import FastWriter
 
+        return functools.partial(FastWriter.load, weights=weights or "float32")
     if backend == "torch":
-        return Writer
+        from neuroweave.cli.streaming import Writer
+
+        return Writer.load
     require_jax()
     from neuroweave.cli.jax_writing import JaxWriter
 
-    return JaxWriter
+    return JaxWriter.load
 
 
 @contextlib.contextmanager

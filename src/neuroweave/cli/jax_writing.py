@@ -19,18 +19,11 @@ from transformers import GenerationConfig
 from neuroweave.checkpoint.hub import local_folder
 from neuroweave.checkpoint.loading import check_source, check_weights, load_tokenizer
 from neuroweave.cli.streaming import Continuation, Stream, Writer
+from neuroweave.cli.token_choice import refuse_unknown, settings_with_defaults
 from neuroweave.neuroblast.jax_generation import Generator, Sampling
 from neuroweave.neuroblast.jax_modeling import Computation, NeuroBlast
 from neuroweave.neuroblast.jax_weights import describe_stored, load_params
 
-# transformers' other ways to change which tokens are chosen, and the value at which they do nothing
-NOT_DONE = {
-    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None,
-    "min_length": 0, "min_new_tokens": None, "suppress_tokens": None, "begin_suppress_tokens": None,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "guidance_scale": None, "encoder_repetition_penalty": 1.0, "top_h": None,
-    "exponential_decay_length_penalty": None,
-}  # fmt: skip
 DTYPES = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -72,7 +65,7 @@ class JaxWriter(Writer):
     ) -> Continuation:
         if config.prompt_lookup_num_tokens:
             raise ValueError("--prompt-lookup is of the torch backend; leave it out, or use --backend torch")
-        refuse_unknown(config)
+        refuse_unknown(config, "use --backend torch")
         stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])
         found: list[int] = []
         prompt = np.asarray([list(ids)])
@@ -105,28 +98,9 @@ class JaxWriter(Writer):
                 break
 
 
-def refuse_unknown(config: GenerationConfig) -> None:
-    """Raise ValueError for a setting of the checkpoint that decides about tokens and that is not done here."""
-    for name, neutral in NOT_DONE.items():
-        if (value := getattr(config, name, neutral)) not in (None, neutral):
-            raise ValueError(
-                f"generation_config.json: {name} is {value}, which the JAX backend does not follow; use --backend torch"
-            )
-
-
 def sampling_of(config: GenerationConfig) -> Sampling:
-    """transformers' settings as the JAX side has them; where they are silent, transformers' defaults."""
-    penalty = config.repetition_penalty or 1.0
-    if not config.do_sample:
-        return Sampling(repetition_penalty=penalty)
-    return Sampling(
-        draw=True,
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_k=50 if config.top_k is None else config.top_k,
-        top_p=1.0 if config.top_p is None else config.top_p,
-        min_p=config.min_p or 0.0,
-        repetition_penalty=penalty,
-    )
+    """transformers' settings as the JAX side has them."""
+    return Sampling(draw=bool(config.do_sample), **settings_with_defaults(config))
 
 
 def generation_config(folder: Path, config: Any) -> GenerationConfig:

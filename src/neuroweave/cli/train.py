@@ -100,5 +100,5 @@ def functions_of(backend: str) -> tuple[Callable[..., Any], Callable[..., Any], 
     from neuroweave.training import jax_processes
     from neuroweave.training.jax_loop import prepare_with_jax, train_with_jax
 
-    jax_processes.join_processes()
+    jax_processes.join_processes(tell=note)
     return prepare_with_jax, train_with_jax, jax_processes.is_first

@@ -133,7 +133,7 @@ class TrainingSection(Section):
             raise ValueError(
                 f"training.batch_size {self.batch_size} cannot be divided among {places} {called} of "
                 f"{self.micro_batch_size} rows (micro_batch_size); make it a multiple of "
-                f"{self.micro_batch_size * places}"
+                f"{self.micro_batch_size * places}, or micro_batch_size smaller"
             )
         return passes
 

@@ -29,7 +29,7 @@ def mesh_shape(section: JaxSection, devices: int) -> tuple[int, int, int]:
         if rest or not data:
             raise ValueError(
                 f"jax.fsdp {section.fsdp} x jax.tensor {section.tensor} = {section.shards} devices share the weights, "
-                f"which does not divide the {devices} devices here; change jax.fsdp or jax.tensor"
+                f"but all hosts together have {devices}, which is no multiple of that; change jax.fsdp or jax.tensor"
             )
     if data * section.shards != devices:
         raise ValueError(

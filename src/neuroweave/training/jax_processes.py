@@ -11,8 +11,9 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,8 +33,10 @@ POD_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 A_DAY = 24 * 3600
 
 
-def join_processes(environment: Mapping[str, str] = os.environ) -> None:
-    """Join the other hosts, if the environment names any; to be called before JAX is used.
+def join_processes(
+    environment: Mapping[str, str] = os.environ, *, tell: Callable[[str], object] = lambda line: None
+) -> None:
+    """Join the other hosts, if the environment names any; to be called before JAX is used. `tell` is told of a wait.
 
     Raises ValueError for variables that are incomplete or wrong, and for a coordinator that does not answer.
     """
@@ -43,6 +46,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     if not given and not of_a_pod(environment):
         return
     if not given or given == {ADDRESS: "auto"}:
+        keep_stdout()
         os.environ.pop(ADDRESS, None)  # JAX would take it for an address
         try:
             jax.distributed.initialize()
@@ -57,10 +61,15 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     count, index = (whole_number(name, given[name]) for name in (COUNT, INDEX))
     timeout = whole_number(TIMEOUT, environment.get(TIMEOUT) or str(DEFAULT_TIMEOUT))
     if count < 1 or index >= count:
-        raise ValueError(f"{INDEX}={index} and {COUNT}={count}: indices go from 0 to the count, which is left out")
+        raise ValueError(
+            f"{INDEX}={index} and {COUNT}={count}: the {count} processes have the indices 0 to {count - 1}"
+        )
     if count == 1:
         return
     check_address(given[ADDRESS])
+    keep_stdout()
+    if index == 0:  # JAX itself ends the process, without a word of this, when the others never come
+        tell(f"waiting at {given[ADDRESS]} for {count - 1} of {count} processes, at most {timeout} s ({TIMEOUT})")
     if index:
         wait_for_coordinator(given[ADDRESS], timeout)
     try:
@@ -72,6 +81,19 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
             f"{ADDRESS}={given[ADDRESS]}: the {count} processes did not come together within {timeout} s "
             f"({one_line(error)}); is one started on each host with {INDEX} 0 to {count - 1}?"
         ) from error
+
+
+def keep_stdout() -> None:
+    """Keep what the libraries below Python print (gloo: a line a process) out of stdout: it goes to stderr."""
+    try:
+        ours = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        return
+    out = sys.stdout
+    if out is not None and out is sys.__stdout__:
+        out.flush()
+        sys.stdout = os.fdopen(ours, "w", encoding=out.encoding, errors=out.errors)
 
 
 def of_a_pod(environment: Mapping[str, str]) -> bool:

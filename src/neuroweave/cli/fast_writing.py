@@ -1,0 +1,121 @@
+"""`neuroweave generate --fast`: a model that continues text in the fast runtime, in the place of a transformers one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, set_seed
+from transformers.generation import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from neuroweave.cli.streaming import Continuation, Stream, Writer, check_device, load_causal
+from neuroweave.cli.token_choice import refuse_unknown, settings_with_defaults
+from neuroweave.runtime.engine import Engine
+from neuroweave.runtime.lowering import lower
+from neuroweave.runtime.operations import Program
+
+WAY_OUT = "leave --fast out"
+
+
+@dataclass(frozen=True)
+class LoweredModel:
+    """What a `Writer` asks of a model, and its program."""
+
+    config: Any
+    generation_config: GenerationConfig
+    program: Program
+
+
+class FastWriter(Writer):
+    """As `Writer`, its tokens made by the fast runtime."""
+
+    @classmethod
+    def load(
+        cls, source: str, *, assistant: str | None = None, dtype: str = "auto", device: str = "auto",
+        weights: str = "float32",
+    ) -> Writer:  # fmt: skip
+        """`weights`: the format of matrices. On a GPU: transformers with a static cache, which it compiles.
+
+        Raises ValueError for a model that the runtime has no program for, and for what it does not do.
+        """
+        if assistant is not None:
+            raise ValueError(f"--assistant is not for the fast runtime; {WAY_OUT}")
+        check_device(device)
+        if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+            if weights != "float32":
+                raise ValueError(f"--weights {weights} is for CPUs; leave it out, or give --device cpu")
+            model, tokenizer, how = load_causal(source, dtype, device)
+            return Writer(source, model, tokenizer, f"{how}, static cache", {"cache_implementation": "static"})
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"--device {device}: the fast runtime is for cpu and cuda; {WAY_OUT}")
+        if dtype not in ("auto", "float32"):
+            raise ValueError(f"--dtype {dtype}: the fast runtime computes in float32; --weights rounds the weights")
+        model, tokenizer, _ = load_causal(source, "float32", "cpu")
+        program = lower(model, format=weights)
+        engine = Engine(program, positions=1)
+        how = f"fast runtime on cpu, weights {weights}" + ("" if engine.compiled else f", in PyTorch: {engine.why_not}")
+        return cls(source, LoweredModel(model.config, model.generation_config, program), tokenizer, how, {})
+
+    def write(
+        self, ids: Sequence[int], config: GenerationConfig, *, seed: int, show: Callable[[str], object]
+    ) -> Continuation:
+        if config.prompt_lookup_num_tokens:
+            raise ValueError(f"--prompt-lookup is not for the fast runtime; {WAY_OUT}")
+        refuse_unknown(config, WAY_OUT)
+        engine = Engine(self.model.program, positions=len(ids) + config.max_new_tokens)
+        choose = chooser(config)
+        stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])
+        stream.put(torch.tensor([list(ids)]))
+        stream.started = time.perf_counter()
+        set_seed(seed)
+        text = list(ids)
+        logits = engine.read_prompt(text)
+        while True:
+            text.append(choose(text, logits, self.source))
+            stream.put(torch.tensor([text[-1]]))
+            if text[-1] in ends or len(text) == len(ids) + config.max_new_tokens:
+                break
+            logits = engine.step(text[-1])
+        stream.end()
+        return self._describe(text[len(ids) :], config, stream)
+
+
+def chooser(config: GenerationConfig) -> Callable[[list[int], Tensor, str], int]:
+    """The next token of (the text so far, logits [V], whose they are), chosen as transformers' `generate` chooses."""
+    settings = settings_with_defaults(config)
+    change: list[LogitsProcessor] = []
+    if settings["repetition_penalty"] != 1.0:
+        change.append(RepetitionPenaltyLogitsProcessor(penalty=settings["repetition_penalty"]))
+    if config.do_sample:
+        change += [TemperatureLogitsWarper(float(settings["temperature"]))] if settings["temperature"] != 1.0 else []
+        change += [TopKLogitsWarper(settings["top_k"])] if settings["top_k"] else []
+        change += [TopPLogitsWarper(settings["top_p"])] if settings["top_p"] < 1.0 else []
+        change += [MinPLogitsWarper(settings["min_p"])] if settings["min_p"] else []
+    every = LogitsProcessorList(change)
+
+    def choose(text: list[int], logits: Tensor, source: str) -> int:
+        scores: Any = logits[None]
+        if change:
+            scores = every(torch.tensor([text]), scores.clone())  # type: ignore[arg-type]
+        if not config.do_sample:
+            token = int(scores.argmax())
+            if torch.isfinite(scores[0, token]):
+                return token
+        elif torch.isfinite(scores.amax()):
+            return int(torch.multinomial(scores.softmax(-1), 1))
+        raise ValueError(
+            f"{source}: its logits are not numbers, so no token can be drawn; neuroweave verify looks at the weights"
+        )
+
+    return choose
