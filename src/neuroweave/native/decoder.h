@@ -38,31 +38,43 @@ struct Op {
     int64_t segment_count;
 };
 
-struct Rounded {  // an input vector as int8, with what every block's product has too much
-    std::vector<int8_t> values;
-    std::vector<float> scales;
-    std::vector<int32_t> excess;  // 16 numbers a block: -(128 or 8) times the sums of 4 inputs
+// An input vector as two int8 a number, x = scale * (value + fine / FINE): one alone would cost more than the weights'
+// own rounding does. `excess`: what every block's product has too much, since weights are stored with 128 or 8 added.
+constexpr float FINE = 254.0f;
+struct Rounded {
+    std::vector<int8_t> values, fine;
+    std::vector<float> scales;            // of a block, over FINE
+    std::vector<int32_t> excess, excess_fine;  // 16 numbers a block: -(128 or 8) times the sums of 4 inputs
 };
 
 static void round_input(Rounded &r, const float *x, int n, int format) {
     int blocks = (n + BLOCK - 1) / BLOCK;
     r.values.assign((size_t)blocks * BLOCK, 0);
+    r.fine.assign((size_t)blocks * BLOCK, 0);
     r.scales.resize(blocks);
     r.excess.resize((size_t)blocks * 16);
+    r.excess_fine.resize((size_t)blocks * 16);
     for (int b = 0; b < blocks; b++) {
         int count = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
         const float *p = x + b * BLOCK;
         float most = 0;
         for (int i = 0; i < count; i++) most = fmaxf(most, fabsf(p[i]));
-        float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
-        int8_t *q = r.values.data() + b * BLOCK;
-        for (int i = 0; i < count; i++) q[i] = (int8_t)(int)(p[i] * inverse + (p[i] < 0 ? -0.5f : 0.5f));
-        r.scales[b] = scale;
+        float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+        int8_t *q = r.values.data() + b * BLOCK, *f = r.fine.data() + b * BLOCK;
+        for (int i = 0; i < count; i++) {
+            float x = p[i] * inverse;
+            int whole = (int)(x + (x < 0 ? -0.5f : 0.5f));
+            float rest = (x - whole) * FINE;
+            q[i] = (int8_t)whole;
+            f[i] = (int8_t)(int)(rest + (rest < 0 ? -0.5f : 0.5f));
+        }
+        r.scales[b] = most / 127.0f / FINE;
         int offset = format == INT8 ? -128 : -8;
         for (int lane = 0; lane < 16; lane++) {
-            int total = 0;
-            for (int j = 0; j < 4; j++) total += q[4 * lane + j];
+            int total = 0, fine = 0;
+            for (int j = 0; j < 4; j++) { total += q[4 * lane + j]; fine += f[4 * lane + j]; }
             r.excess[b * 16 + lane] = offset * total;
+            r.excess_fine[b * 16 + lane] = offset * fine;
         }
     }
 }
@@ -84,61 +96,60 @@ static inline float dot_float(const float *w, const float *x, int n) {
     return s;
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
-    __m512 total = _mm512_setzero_ps();
-    for (int b = 0; b < blocks; b++) {
-        __m512i q = _mm512_dpbusd_epi32(_mm512_loadu_si512(r.excess.data() + 16 * b), _mm512_loadu_si512(w + 64 * b),
-                                        _mm512_loadu_si512(r.values.data() + 64 * b));
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(r.scales[b]), total);
-    }
-    return _mm512_reduce_add_ps(total);
-}
-static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rounded &r, int blocks) {
-    __m512 total = _mm512_setzero_ps();
-    const __m256i low = _mm256_set1_epi8(15);
-    for (int b = 0; b < blocks; b++) {
-        __m256i packed = _mm256_loadu_si256((const __m256i *)(w + 32 * b));
-        __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
-        __m512i unpacked = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low)), high, 1);
-        __m512i q = _mm512_dpbusd_epi32(_mm512_loadu_si512(r.excess.data() + 16 * b), unpacked,
-                                        _mm512_loadu_si512(r.values.data() + 64 * b));
-        int32_t two;
-        memcpy(&two, scales + 2 * b, 4);
-        __m128 pair = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(two)), _mm_set1_ps(r.scales[b]));
-        __m512 scale = _mm512_permutexvar_ps(
-            _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), _mm512_castps128_ps512(pair));
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), scale, total);
-    }
-    return _mm512_reduce_add_ps(total);
-}
-#else
 static inline float half_to_float(uint16_t h) {
     uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
     if (exponent == 0) { float v = mantissa * 5.9604644775390625e-8f; return sign ? -v : v; }
     uint32_t b = sign | ((exponent + 112) << 23) | (mantissa << 13);
     float v; memcpy(&v, &b, 4); return v;
 }
-#if defined(__AVX2__)
-static inline __m256i products(__m256i u, __m256i s) {  // sums of 2 neighbours, then of 4: u8 times s8 without saturation
-    __m256i even = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(u)),
-                                     _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)));
-    __m256i odd = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(u, 1)),
-                                    _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1)));
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+static inline __m512 block_product(__m512i weights, const Rounded &r, int b) {  // 16 sums of 4 products, times FINE
+    __m512i q = _mm512_dpbusd_epi32(_mm512_loadu_si512(r.excess.data() + 16 * b), weights, _mm512_loadu_si512(r.values.data() + 64 * b));
+    __m512i f = _mm512_dpbusd_epi32(_mm512_loadu_si512(r.excess_fine.data() + 16 * b), weights, _mm512_loadu_si512(r.fine.data() + 64 * b));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(FINE), _mm512_cvtepi32_ps(f));
+}
+static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
+    __m512 total = _mm512_setzero_ps();
+    for (int b = 0; b < blocks; b++)
+        total = _mm512_fmadd_ps(block_product(_mm512_loadu_si512(w + 64 * b), r, b), _mm512_set1_ps(r.scales[b]), total);
+    return _mm512_reduce_add_ps(total);
+}
+static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rounded &r, int blocks) {
+    __m512 total = _mm512_setzero_ps();
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    for (int b = 0; b < blocks; b++) {
+        __m256i packed = _mm256_loadu_si256((const __m256i *)(w + 32 * b));
+        __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+        __m512i unpacked = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low)), high, 1);
+        int32_t two;
+        memcpy(&two, scales + 2 * b, 4);
+        __m128 pair = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(two)), _mm_set1_ps(r.scales[b]));
+        __m512 scale = _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(pair));
+        total = _mm512_fmadd_ps(block_product(unpacked, r, b), scale, total);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+#elif defined(__AVX2__)
+static inline __m256i products(__m256i u, const int8_t *p) {  // 8 sums of 4 products: u8 times s8, without saturation
+    __m256i s = _mm256_loadu_si256((const __m256i *)p);
+    __m256i even = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(u)), _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)));
+    __m256i odd = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(u, 1)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1)));
     return _mm256_add_epi32(even, odd);
 }
 static inline float total8(__m256 v) { float t[8], s = 0; _mm256_storeu_ps(t, v); for (int i = 0; i < 8; i++) s += t[i]; return s; }
-static inline __m256i excess8(const int32_t *e) {
-    return _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)e), _mm256_loadu_si256((const __m256i *)(e + 8)));
+static inline __m256 half_product(__m256i u, const Rounded &r, int b, int half) {  // of 32 inputs, times FINE
+    __m256i q = _mm256_add_epi32(products(u, r.values.data() + 64 * b + 32 * half), _mm256_loadu_si256((const __m256i *)(r.excess.data() + 16 * b + 8 * half)));
+    __m256i f = _mm256_add_epi32(products(u, r.fine.data() + 64 * b + 32 * half), _mm256_loadu_si256((const __m256i *)(r.excess_fine.data() + 16 * b + 8 * half)));
+    return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(FINE)), _mm256_cvtepi32_ps(f));
 }
 static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
     __m256 total = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
-        const __m256i *u = (const __m256i *)(w + 64 * b), *s = (const __m256i *)(r.values.data() + 64 * b);
-        __m256i q = _mm256_add_epi32(products(_mm256_loadu_si256(u), _mm256_loadu_si256(s)),
-                                     products(_mm256_loadu_si256(u + 1), _mm256_loadu_si256(s + 1)));
-        q = _mm256_add_epi32(q, excess8(r.excess.data() + 16 * b));
-        total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(r.scales[b])));
+        const __m256i *u = (const __m256i *)(w + 64 * b);
+        __m256 both = _mm256_add_ps(half_product(_mm256_loadu_si256(u), r, b, 0), half_product(_mm256_loadu_si256(u + 1), r, b, 1));
+        total = _mm256_add_ps(total, _mm256_mul_ps(both, _mm256_set1_ps(r.scales[b])));
     }
     return total8(total);
 }
@@ -147,15 +158,10 @@ static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rou
     const __m256i low = _mm256_set1_epi8(15);
     for (int b = 0; b < blocks; b++) {
         __m256i packed = _mm256_loadu_si256((const __m256i *)(w + 32 * b));
-        const __m256i *s = (const __m256i *)(r.values.data() + 64 * b), *e = (const __m256i *)(r.excess.data() + 16 * b);
-        __m256i first = products(_mm256_and_si256(packed, low), _mm256_loadu_si256(s));
-        __m256i second = products(_mm256_and_si256(_mm256_srli_epi16(packed, 4), low), _mm256_loadu_si256(s + 1));
-        first = _mm256_add_epi32(first, _mm256_loadu_si256(e));
-        second = _mm256_add_epi32(second, _mm256_loadu_si256(e + 1));
-        __m256 one = _mm256_set1_ps(half_to_float(scales[2 * b]) * r.scales[b]);
-        __m256 two = _mm256_set1_ps(half_to_float(scales[2 * b + 1]) * r.scales[b]);
-        total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(first), one));
-        total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(second), two));
+        __m256 first = half_product(_mm256_and_si256(packed, low), r, b, 0);
+        __m256 second = half_product(_mm256_and_si256(_mm256_srli_epi16(packed, 4), low), r, b, 1);
+        total = _mm256_add_ps(total, _mm256_mul_ps(first, _mm256_set1_ps(half_to_float(scales[2 * b]) * r.scales[b])));
+        total = _mm256_add_ps(total, _mm256_mul_ps(second, _mm256_set1_ps(half_to_float(scales[2 * b + 1]) * r.scales[b])));
     }
     return total8(total);
 }
@@ -163,25 +169,26 @@ static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rou
 static inline float dot_int8(const uint8_t *w, const Rounded &r, int blocks) {
     float total = 0;
     for (int b = 0; b < blocks; b++) {
-        int32_t q = 0;
-        for (int i = 0; i < 64; i++) q += ((int)w[64 * b + i] - 128) * r.values[64 * b + i];
-        total += q * r.scales[b];
+        int32_t q = 0, f = 0;
+        for (int i = 64 * b; i < 64 * b + 64; i++) { q += ((int)w[i] - 128) * r.values[i]; f += ((int)w[i] - 128) * r.fine[i]; }
+        total += (q * FINE + f) * r.scales[b];
     }
     return total;
 }
 static inline float dot_int4(const uint8_t *w, const uint16_t *scales, const Rounded &r, int blocks) {
     float total = 0;
-    for (int b = 0; b < blocks; b++) {
-        int32_t one = 0, two = 0;
-        for (int i = 0; i < 32; i++) {
-            one += ((w[32 * b + i] & 15) - 8) * r.values[64 * b + i];
-            two += ((w[32 * b + i] >> 4) - 8) * r.values[64 * b + 32 + i];
+    for (int b = 0; b < blocks; b++)
+        for (int half = 0; half < 2; half++) {
+            int32_t q = 0, f = 0;
+            for (int i = 0; i < 32; i++) {
+                int u = (half ? w[32 * b + i] >> 4 : w[32 * b + i] & 15) - 8, at = 64 * b + 32 * half + i;
+                q += u * r.values[at];
+                f += u * r.fine[at];
+            }
+            total += (q * FINE + f) * r.scales[b] * half_to_float(scales[2 * b + half]);
         }
-        total += (one * half_to_float(scales[2 * b]) + two * half_to_float(scales[2 * b + 1])) * r.scales[b];
-    }
     return total;
 }
-#endif
 #endif
 
 static inline int blocks_of(const Matrix &m) { return (m.columns + BLOCK - 1) / BLOCK; }
@@ -313,11 +320,7 @@ static void embed(const Op &op, int64_t token) {
             uint8_t byte = ((const uint8_t *)m.data)[token * blocks * 32 + 32 * b + j % 32];
             int q = j < 32 ? byte & 15 : byte >> 4;
             uint16_t h = ((const uint16_t *)m.scales)[token * blocks * 2 + 2 * b + (j >= 32)];
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-            v = (q - 8) * _cvtsh_ss(h);
-#else
             v = (q - 8) * half_to_float(h);
-#endif
         }
         op.out[i] = v * op.a;
     }
@@ -423,9 +426,8 @@ static void gated(const Op &op, int start, int stop, Member &me) {
 }
 
 static inline vec bytes_to_floats(const uint8_t *p) {
-    typedef uint8_t narrow __attribute__((vector_size(WIDTH), aligned(1)));
-    narrow v; memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, vec);
+    typedef uint8_t narrow __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+    return __builtin_convertvector(*(const narrow *)p, vec);
 }
 // partial += sum of factors[i] * row rows[i] of a matrix of a row a neuron
 static void add_rows(const Matrix &m, const int *rows, const float *factors, int count, float *partial) {

@@ -10,12 +10,12 @@
 #else
 #define WIDTH 8
 #endif
-typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
 static inline vec all(float x) { return x - vec{}; }
-static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
-static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+static inline vec load(const float *p) { return *(const vec *)p; }  // memcpy would go by the stack
+static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec load_part(const float *p, int n) { vec v{}; memcpy(&v, p, 4 * n); return v; }
 static inline void store_part(float *p, vec v, int n) { memcpy(p, &v, 4 * n); }
 static inline ivec bits(vec v) { return (ivec)v; }
@@ -23,7 +23,17 @@ static inline vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)
 static inline vec largest(vec a, vec b) { return pick(a > b, a, b); }
 static inline vec smallest(vec a, vec b) { return pick(a < b, a, b); }
 static inline vec absolute(vec x) { return (vec)(bits(x) & 0x7fffffff); }
-static inline float sum(vec v) { float s = 0; for (int i = 0; i < WIDTH; i++) s += v[i]; return s; }
+static inline float sum(vec v) {
+    typedef float half __attribute__((vector_size(2 * WIDTH)));
+    typedef float quarter __attribute__((vector_size(WIDTH)));
+    half h[2]; memcpy(h, &v, sizeof v);
+    h[0] += h[1];
+    quarter q[2]; memcpy(q, h, sizeof(half));
+    q[0] += q[1];
+    float s = 0;
+    for (int i = 0; i < WIDTH / 4; i++) s += q[0][i];
+    return s;
+}
 static inline ivec nearest(vec x) {  // for |x| < 2^22
     const vec magic = all(12582912.0f);
     return bits(x + magic) - bits(magic);
