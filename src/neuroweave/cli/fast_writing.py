@@ -21,11 +21,16 @@ from transformers.generation import (
 
 from neuroweave.cli.streaming import Continuation, Stream, Writer, check_device, load_causal
 from neuroweave.cli.token_choice import refuse_unknown, settings_with_defaults
+from neuroweave.diagnose.passages import draw_sample
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import lower
 from neuroweave.runtime.operations import Program
+from neuroweave.runtime.sparsity import find_thresholds
+from neuroweave.text.documents import documents
+from neuroweave.text.passages import PASSAGE
 
 WAY_OUT = "leave --fast out"
+CALIBRATION_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class FastWriter(Writer):
     @classmethod
     def load(
         cls, source: str, *, assistant: str | None = None, dtype: str = "auto", device: str = "auto",
-        weights: str = "float32",
+        weights: str = "float32", sparse: float | None = None,
     ) -> Writer:  # fmt: skip
-        """`weights`: the format of matrices. On a GPU: transformers with a static cache, which it compiles.
+        """`weights`: the format of matrices. `sparse`: the share of the MLPs' neurons that are skipped. On a GPU:
+        transformers with a static cache, which it compiles.
 
         Raises ValueError for a model that the runtime has no program for, and for what it does not do.
         """
@@ -53,8 +59,8 @@ class FastWriter(Writer):
             raise ValueError(f"--assistant is not for the fast runtime; {WAY_OUT}")
         check_device(device)
         if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-            if weights != "float32":
-                raise ValueError(f"--weights {weights} is for CPUs; leave it out, or give --device cpu")
+            if weights != "float32" or sparse is not None:
+                raise ValueError("--weights and --sparse are for CPUs; leave them out, or give --device cpu")
             model, tokenizer, how = load_causal(source, dtype, device)
             return Writer(source, model, tokenizer, f"{how}, static cache", {"cache_implementation": "static"})
         if device not in ("auto", "cpu"):
@@ -62,9 +68,12 @@ class FastWriter(Writer):
         if dtype not in ("auto", "float32"):
             raise ValueError(f"--dtype {dtype}: the fast runtime computes in float32; --weights rounds the weights")
         model, tokenizer, _ = load_causal(source, "float32", "cpu")
-        program = lower(model, format=weights)
+        thresholds, told = skipped_neurons(model, tokenizer, sparse)
+        program = lower(model, format=weights, thresholds=thresholds)
         engine = Engine(program, positions=1)
-        how = f"fast runtime on cpu, weights {weights}" + ("" if engine.compiled else f", in PyTorch: {engine.why_not}")
+        how = f"fast runtime on cpu, weights {weights}{told}" + (
+            "" if engine.compiled else f", in PyTorch: {engine.why_not}"
+        )
         return cls(source, LoweredModel(model.config, model.generation_config, program), tokenizer, how, {})
 
     def write(
@@ -89,6 +98,17 @@ class FastWriter(Writer):
             logits = engine.step(text[-1])
         stream.end()
         return self._describe(text[len(ids) :], config, stream)
+
+
+def skipped_neurons(model: Any, tokenizer: Any, share: float | None) -> tuple[dict[int, Tensor], str]:
+    """(thresholds by layer, what to say of them), found on shipped prose."""
+    if share is None:
+        return {}, ""
+    texts = documents("calibration")
+    windows = draw_sample(texts, tokenizer, tokens=CALIBRATION_TOKENS, window=256, passage=PASSAGE).windows
+    found = find_thresholds(model, [window.token_ids for window in windows], share)
+    kept = found.worth_it()
+    return kept, f", {found.mean_share:.0%} of the neurons skipped, in {len(kept)} of {len(found.shares)} layers"
 
 
 def chooser(config: GenerationConfig) -> Callable[[list[int], Tensor, str], int]:

@@ -62,16 +62,23 @@ SEEDS = 2**32
     type=click.Choice(["float32", "int8", "int4"]),
     help="With --fast: round the weights; faster, less exact.",
 )
+@click.option(
+    "--sparse",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="SHARE",
+    help="With --fast: skip this share of MLP neurons, those that add least; 0: those that are exactly zero.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 @click.option("--stats", is_flag=True, help="One line on stderr at the end: tokens and tokens per second.")
 @click.option("--verbose", is_flag=True, help="Say on stderr how the model was loaded and how tokens are chosen.")
 @json_option
 def command(
     model: str, prompt: str | None, file: Path | None, chat: bool | None, system: str | None, new_tokens: int,
-    seed: int | None, assistant: str | None, dtype: str, backend: str, fast: bool, weights: str | None, device: str,
+    seed: int | None, assistant: str | None, dtype: str, backend: str, fast: bool, weights: str | None,
+    sparse: float | None, device: str,
     stats: bool, verbose: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    load = loader_of(backend, fast=fast, weights=weights)
+    load = loader_of(backend, fast=fast, weights=weights, sparse=sparse)
     chosen = decoding(**options)
     if assistant and "prompt_lookup_num_tokens" in chosen:
         raise ValueError("--assistant and --prompt-lookup both draft tokens; give one of them")
@@ -96,16 +103,17 @@ def command(
         note(f"the context is full: {len(ids)} tokens of prompt and {limit} new ones")
 
 
-def loader_of(backend: str, *, fast: bool, weights: str | None) -> Callable[..., Writer]:
+def loader_of(backend: str, *, fast: bool, weights: str | None, sparse: float | None) -> Callable[..., Writer]:
     """What loads a model to write with. Raises ValueError where the backend is not installed."""
-    if weights and not fast:
-        raise ValueError(f"--weights {weights} is of the fast runtime; give --fast too")
+    for name, value in (("weights", weights), ("sparse", sparse)):
+        if value is not None and not fast:
+            raise ValueError(f"--{name} {value} is of the fast runtime; give --fast too")
     if fast and backend != "torch":
         raise ValueError(f"--fast and --backend {backend} are two ways to make tokens; give one of them")
     if fast:
         from neuroweave.cli.fast_writing import FastWriter
 
-        return functools.partial(FastWriter.load, weights=weights or "float32")
+        return functools.partial(FastWriter.load, weights=weights or "float32", sparse=sparse)
     if backend == "torch":
         from neuroweave.cli.streaming import Writer
 

@@ -15,6 +15,7 @@ from neuroweave import __version__
 # command: (module in neuroweave.cli, what --help of the whole program says). Read without importing the module.
 COMMANDS = {
     "import": ("import_", "Turn a GGUF file, a folder or a hub id into a Hugging Face checkpoint."),
+    "export": ("export", "Write a checkpoint as a GGUF file, for llama.cpp."),
     "inspect": ("inspect_", "Show what a checkpoint is, from its headers alone."),
     "neuroblast": ("neuroblast", "Make a NeuroBLAST model, or convert a published one."),
     "patch": ("patch", "Swap or learn activation functions; write a checkpoint that loads anywhere."),
@@ -26,6 +27,7 @@ COMMANDS = {
     "extract-delta": ("extract_delta", "Write the delta that turns one checkpoint into another."),
     "recipe": ("recipe", "Show what was done to a model, or do it again to the same bytes."),
     "generate": ("generate", "Continue a prompt with any checkpoint, streaming to the terminal."),
+    "bench": ("bench", "Measure how fast a model decodes, way by way, beside what memory allows."),
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
     "compare": ("compare", "Measure what a change did to a model; write a report."),
     "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),

@@ -425,10 +425,20 @@ static void gated(const Op &op, int start, int stop, Member &me) {
     }
 }
 
+#if defined(__AVX512F__)
+static inline vec bytes_to_floats(const uint8_t *p) {
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+#elif defined(__AVX2__)
+static inline vec bytes_to_floats(const uint8_t *p) {
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+#else
 static inline vec bytes_to_floats(const uint8_t *p) {
     typedef uint8_t narrow __attribute__((vector_size(WIDTH), aligned(1), may_alias));
     return __builtin_convertvector(*(const narrow *)p, vec);
 }
+#endif
 // partial += sum of factors[i] * row rows[i] of a matrix of a row a neuron
 static void add_rows(const Matrix &m, const int *rows, const float *factors, int count, float *partial) {
     int n = m.columns;

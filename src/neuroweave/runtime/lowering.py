@@ -83,7 +83,7 @@ class Lowering:
         if bridges:
             self.e = self.buffer("e", width)
             self.operations.append(Add(self.h, self.e))
-        layers = [core.get_submodule(each.name) for each in core.planned] if hasattr(core, "planned") else core.layers
+        layers = decoder_layers(self.model)
         for sign_and_norm in bridges.get(-1, []):
             self.bridge(*sign_and_norm)
         for number, layer in enumerate(layers):
@@ -310,6 +310,12 @@ class Lowering:
                 f"this model computes something that the fast runtime does not (logits are off by {off:.1%}): leave "
                 f"--fast out"
             )
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of a model's decoder, in the order in which they run."""
+    core = getattr(model.model, "language_model", model.model)
+    return [core.get_submodule(each.name) for each in core.planned] if hasattr(core, "planned") else list(core.layers)
 
 
 def unwrapped(module: Any) -> tuple[Any, nn.Module | None, list[nn.Module]]:
