@@ -105,19 +105,24 @@ def test_patched_equals_its_model(sites, native):
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_rounded_weights_equal_the_numbers_they_stand_for(format, native):
-    """Against a model whose weights are what the rounded ones stand for; compiled, inputs are rounded too, to 16 bits."""
+    """Against a model whose weights are what the rounded ones stand for; compiled, inputs are rounded to 16 bits."""
     model = tiny("llama", hidden_size=100, num_attention_heads=5, num_key_value_heads=1, head_dim=20)
     engine = Engine(lower(model, format=format), positions=32, threads=2)
     with torch.no_grad():
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-                module.weight.copy_(pack(module.weight, format).whole())
+                module.weight.copy_(pack(module.weight, format_of(name, format)).whole())
         expected = model(TOKENS[None]).logits[0, 8:]
     found = every_logit(engine, 9)
     spread = float(expected.std())
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-4 * spread)
     worst = float((found - expected).abs().max()) / spread
     assert worst < (2e-3 if native else 1e-4), worst
+
+
+def format_of(name: str, format: str) -> str:
+    """The program's own format of a matrix: 4 bits are not for all."""
+    return "int8" if name.endswith(("k_proj", "v_proj", "embed_tokens", "lm_head")) else format
 
 
 @pytest.mark.parametrize(("format", "most"), [("int8", 0.004), ("int4", 0.09)])

@@ -43,12 +43,14 @@ class UnsupportedModelError(ValueError):
 
 def lower(model: Any, *, format: str = "float32", head_format: str | None = None, positions: int | None = None,
           thresholds: dict[int, Tensor] | None = None, check: bool = True) -> Program:  # fmt: skip
-    """The program of a model. `format`: of its matrices; `head_format`: of embedding and head, if another.
+    """The program of a model. `format`: of its matrices; `head_format`: of embedding and head, if another; with int4,
+    embedding and head, keys and values are int8, which costs few bytes and saves most of the error.
 
     `positions`: the longest text, the model's own by default. `thresholds` [M] by layer: neurons below them are
     skipped; a layer that is not named runs dense. Raises UnsupportedModelError.
     """
-    return Lowering(model, format, head_format or format, positions, thresholds or {}).run(check=check)
+    head_format = head_format or {"int4": "int8"}.get(format, format)
+    return Lowering(model, format, head_format, positions, thresholds or {}).run(check=check)
 
 
 class Lowering:
@@ -193,7 +195,8 @@ class Lowering:
         whole = self.buffer("qkv", sum(sizes))
         query, key, value = (whole.part(sum(sizes[:i]), each) for i, each in enumerate(sizes))
         for name, place in zip("qkv", (query, key, value), strict=True):
-            self.project(getattr(module, f"{name}_proj"), self.x, place)
+            format = "int8" if self.format == "int4" and name in "kv" else self.format
+            self.project(getattr(module, f"{name}_proj"), self.x, place, format=format)
         if isinstance(getattr(module, "q_norm", None), nn.Module):
             self.norm(module.q_norm, query, query, size)
             self.norm(module.k_norm, key, key, size)
@@ -296,7 +299,8 @@ class Lowering:
 
     def compare(self, program: Program) -> None:
         """Run a few tokens both ways. Raises UnsupportedModelError where logits differ by more than rounding."""
-        if any(matrix.format != "float32" for matrix in program.matrices()):
+        skipping = any(bool((least > 0).any()) for least in self.thresholds.values())
+        if skipping or any(matrix.format != "float32" for matrix in program.matrices()):
             return
         from neuroweave.runtime.engine import Engine
 

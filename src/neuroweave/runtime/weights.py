@@ -13,6 +13,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 FORMATS = ("float32", "int8", "int4")
+# A group's scale is tried as its largest number over each of these: whole steps find the grid of rounded weights again.
+STEPS = (
+    -8.4,
+    -8.0,
+    -7.6,
+    -7.2,
+    7.0,
+    -7.0,
+    -6.6,
+    -6.2,
+    6.0,
+    -6.0,
+    5.0,
+    -5.0,
+    4.0,
+    -4.0,
+    3.0,
+    -3.0,
+    2.0,
+    -2.0,
+    1.0,
+    -1.0,
+)
 BLOCK = 64  # inputs; rows are filled up with zeros to a multiple of it
 GROUP = 32  # inputs that share a scale, of 4-bit numbers
 
@@ -77,7 +100,7 @@ def pack(weight: Float[Tensor, "D C"], format: str, bias: Tensor | None = None) 
     raise ValueError(f"weight format {format!r} is not known; known: {', '.join(FORMATS)}")
 
 
-def rounded(groups: Float[Tensor, "D N 32"], scales: Float[Tensor, "D N"]) -> Tensor:
+def rounded(groups: Float[Tensor, "D N G"], scales: Float[Tensor, "D N"]) -> Tensor:
     inverse = torch.where(scales != 0, 1 / scales.float(), 0)
     return (groups * inverse[..., None]).round_().clamp_(-8, 7)
 
@@ -89,7 +112,7 @@ def four_bit_scales(groups: Float[Tensor, "D N 32"]) -> Float[Tensor, "D N"]:
     largest = groups.gather(-1, place).squeeze(-1)
     best = (largest / -8).half()
     least = torch.full_like(largest, torch.inf)
-    for steps in [*torch.linspace(-8.6, -5.6, 16).tolist(), 7.0]:
+    for steps in STEPS:
         scales = (largest / steps).half()
         error = (rounded(groups, scales) * scales.float()[..., None] - groups).square_().sum(-1)
         better = error < least
