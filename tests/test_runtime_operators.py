@@ -28,7 +28,7 @@ def test_compilers_see_one_operator():
     made = RoundedLinear(nn.Linear(64, 8, bias=False), "int8")
     torch.library.opcheck(torch.ops.neuroweave.rounded_linear.default,
                           (torch.randn(2, 64), made.data, made.scales, None, "int8", 64))  # fmt: skip
-    graph = make_fx(made, tracing_mode="fake")(torch.randn(1, 64)).graph
+    graph = make_fx(made, tracing_mode="real")(torch.randn(1, 64)).graph
     assert torch.ops.neuroweave.rounded_linear.default in [node.target for node in graph.nodes]
 
 

@@ -46,7 +46,7 @@ def command(
     import torch
 
     from neuroweave.diagnose.environment import describe_environment
-    from neuroweave.diagnose.speed import formats_of, measure_ways, memory_bandwidth
+    from neuroweave.diagnose.speed import BASELINE, formats_of, measure_ways, memory_bandwidth
 
     formats = formats_of(weights)
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -62,7 +62,8 @@ def command(
     measured = measure_ways(ways, prompt, new_tokens, rounds, say)
     bandwidth = memory_bandwidth(torch.get_num_threads())
     machine = describe_environment()
-    facts = [facts_of(each, measured[0].timings[0].tokens, bandwidth, losses) for each in measured]
+    own = {each.model: each.timings[0].tokens for each in measured if each.name == BASELINE}
+    facts = [facts_of(each, own[each.model], bandwidth, losses) for each in measured]
     setting = {
         "cpu": machine.cpu, "threads": machine.threads, "date": machine.date, "prompt_tokens": len(prompt),
         "new_tokens": new_tokens, "rounds": rounds, "bandwidth_bytes_per_second": bandwidth,

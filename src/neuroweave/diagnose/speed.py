@@ -26,6 +26,7 @@ BASELINE = "transformers, eager, cache"
 UNCACHED = "transformers, eager, no cache"
 COMPILED = "transformers, compiled, static cache"
 PROBE_BYTES = 1 << 28
+NO_TOKEN = -1  # None would mean the model's own end token, and texts are to be equally long
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def transformers_way(label: str, name: str, model: Any) -> Way:
         settings |= {"cache_implementation": "static", "compile_config": compile_config}
 
     def run(prompt: list[int], count: int) -> Timing:
-        config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, pad_token_id=0, **settings)
+        config = GenerationConfig(max_new_tokens=count, eos_token_id=NO_TOKEN, pad_token_id=0, **settings)
         clock, ids = Clock(), torch.tensor([prompt], device=model.device)
         with energy() as joules:
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock)
