@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,42 @@ def test_refusals(model, tmp_path):
         done = run(*arguments, "--prompt", PROMPT, "--backend", "jax")
         assert done.exit_code != 0
         assert message in str(done.exception) + done.output, message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--temperature", "1e-40"),
+        ("--greedy", "--repetition-penalty", "1e-45"),
+    ],
+)
+def test_settings_too_small_for_float32_draw_no_token(model, options):
+    done = run(model, "--prompt", PROMPT, "--raw", "--backend", "jax", "--new-tokens", "3", *options)
+    assert done.exit_code != 0
+    assert "its logits are not numbers, so no token can be drawn" in str(done.exception) + done.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0, and a number above 0 was expected; mend"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
+        ({"do_sample": True, "temperature": 1e39}, "temperature is 1e+39"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0, and a number above 0, at most 1 was expected"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1, and a whole number, 0 or more was expected"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5"),
+        ({"do_sample": True, "min_p": 2.0}, "min_p is 2.0, and a number from 0 to 1 was expected"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": "x"}, "repetition_penalty is 'x'"),
+        ({"do_sample": "no"}, "do_sample is 'no'; true or false was expected"),
+    ],
+)
+def test_settings_of_the_checkpoint_that_mean_nothing_are_refused_by_name(model, tmp_path, settings, message):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    done = run(folder, "--prompt", PROMPT, "--raw", "--backend", "jax", "--new-tokens", "3")
+    assert done.exit_code != 0
+    assert message in str(done.exception) + done.output

@@ -48,6 +48,7 @@ def command(
     from transformers.utils import logging
 
     from neuroweave.training.outcome import TrainPlan
+    from neuroweave.training.run_folder import held
 
     logging.disable_progress_bar()
     prepare, train, is_first = functions_of(backend)
@@ -71,13 +72,14 @@ def command(
                 print_json(plan.as_dict()) if as_json else say_plan(plan)
             return
         report = note if as_json else click.echo
-        result = train(
-            configuration,
-            resume=resume,
-            report=report,
-            note=note,
-            progress=tokenising,
-        )
+        with held(configuration.output.folder) if main and backend == "torch" else contextlib.nullcontext():
+            result = train(
+                configuration,
+                resume=resume,
+                report=report,
+                note=note,
+                progress=tokenising,
+            )
     if not main:
         return
     if as_json:

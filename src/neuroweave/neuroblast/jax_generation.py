@@ -35,14 +35,19 @@ class Sampling:
 def choose(
     logits_BV: Float[Array, "B V"], said_BV: Bool[Array, "B V"], sampling: Sampling, key: Array
 ) -> Int[Array, " B"]:
-    """The next token of each row; `said_BV`: the tokens that its text has so far."""
+    """The next token of each row, -1 where its scores are not finite; `said_BV`: the tokens that its text has so far.
+
+    A penalty or a temperature that float32 is too small for makes them so.
+    """
     scores = logits_BV
     if sampling.repetition_penalty != 1:
         less = jnp.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
         scores = jnp.where(said_BV, less, scores)
+    if sampling.draw:
+        scores = scores / sampling.temperature
+    finite = jnp.isfinite(scores).all(-1)
     if not sampling.draw:
-        return scores.argmax(-1)
-    scores = scores / sampling.temperature
+        return jnp.where(finite, scores.argmax(-1), -1)
     if 0 < sampling.top_k < scores.shape[-1]:
         least = jax.lax.top_k(scores, sampling.top_k)[0][..., -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)
@@ -55,7 +60,7 @@ def choose(
     if sampling.min_p > 0:
         p = jax.nn.softmax(scores, axis=-1)
         scores = jnp.where(p < sampling.min_p * p.max(-1, keepdims=True), -jnp.inf, scores)
-    return jax.random.categorical(key, scores, axis=-1)
+    return jnp.where(finite, jax.random.categorical(key, scores, axis=-1), -1)
 
 
 class Generator:

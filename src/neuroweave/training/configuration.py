@@ -152,10 +152,10 @@ class JaxSection(Section):
     """How the JAX backend lays the model over devices; the torch backend does not look at it (docs/jax.md)."""
 
     data: int | None = Field(
-        None, ge=1, description="Groups of devices that each hold the model. Default: as many as fit."
+        None, ge=1, strict=True, description="Groups of devices that each hold the model. Default: as many as fit."
     )
-    fsdp: int = Field(1, ge=1, description="Devices that share the weights and take other rows.")
-    tensor: int = Field(1, ge=1, description="Devices that share the weights and the rows.")
+    fsdp: int = Field(1, ge=1, strict=True, description="Devices that share the weights and take other rows.")
+    tensor: int = Field(1, ge=1, strict=True, description="Devices that share the weights and the rows.")
     remat: Literal["auto", "none", "dots", "full"] = Field(
         "auto",
         description="What is computed twice: all but matrix products, or all. auto: training.gradient_checkpointing.",

@@ -37,8 +37,6 @@ class JaxCheckpoints:
         self.problem: BaseException | None = None
         self.sealing: threading.Thread | None = None
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "data"))
-        if is_first():
-            self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
         """What a killed save left: orbax's temporary folders, and a folder that was not sealed."""
@@ -120,12 +118,14 @@ class JaxCheckpoints:
         return safe_checkpoints.describe_failed_save(self.run, folder, problem)
 
     def to_resume(self) -> Path | None:
-        """The checkpoint to go on from, the same for all processes. Raises ValueError when all of them are damaged."""
+        """The checkpoint to go on from, the same for all processes; what a killed save left is removed. Raises
+        ValueError when all of them are damaged."""
         found: list[str | None] = [None, None]
         if is_first():
             try:
                 newest = safe_checkpoints.to_resume(self.run, note=self.note)
                 found[0] = None if newest is None else str(newest)
+                self.remove_leftovers()
             except ValueError as error:
                 found[1] = str(error)
         name, problem = from_all(found)[0]

@@ -31,6 +31,7 @@ from neuroweave.training import jax_mesh
 from neuroweave.training.configuration import TrainConfiguration
 from neuroweave.training.jax_batches import Batches
 from neuroweave.training.jax_checkpoints import JaxCheckpoints
+from neuroweave.training.jax_hosts import check_same_model, held_by_all
 from neuroweave.training.jax_processes import anybody, check_agreement, first_ahead, is_first, join_processes
 from neuroweave.training.jax_step import (
     NEVER,
@@ -52,8 +53,8 @@ from neuroweave.training.model_to_train import check_match, fresh_configuration,
 from neuroweave.training.optimisation import learning_rates
 from neuroweave.training.outcome import RECORD_FILE, NotFiniteError, TrainPlan, TrainResult, plan_run
 from neuroweave.training.rows import RunRows, Share, open_rows
-from neuroweave.training.run_folder import check_run_folder, clear_run, write_run_file
-from neuroweave.training.safe_checkpoints import last_sealed
+from neuroweave.training.run_folder import clear_run, write_run_file
+from neuroweave.training.safe_checkpoints import last_sealed, room_for
 from neuroweave.training.stop_signal import StopSignal
 
 Say = Callable[[str], None]
@@ -90,17 +91,17 @@ def train_with_jax(
     join_processes()
     main = is_first()
     check_agreement(configuration, resume=resume)
-    check_run_folder(configuration, resume=resume, backend="jax")
-    prepared = prepare_with_jax(configuration, note=note if main else None, progress=progress if main else None)
-    if main:
-        if resume is False:
-            clear_run(Path(configuration.output.folder))
-        write_run_file(configuration, backend="jax")
-    run = JaxRun(prepared, report=report if main else None, note=note if main else None)
-    with jax.set_mesh(prepared.mesh), jax.default_matmul_precision(products(configuration)):
-        state = run.train()
-    result = TrainResult.of_run(configuration.output.folder, prepared.plan, time.perf_counter() - began, main=main)
-    write_model(prepared, state["params"], result)
+    with held_by_all(configuration, resume=resume):
+        prepared = prepare_together(configuration, note=note if main else None, progress=progress if main else None)
+        if main:
+            if resume is False:
+                clear_run(Path(configuration.output.folder))
+            write_run_file(configuration, backend="jax")
+        run = JaxRun(prepared, report=report if main else None, note=note if main else None)
+        with jax.set_mesh(prepared.mesh), jax.default_matmul_precision(products(configuration)):
+            state = run.train()
+        result = TrainResult.of_run(configuration.output.folder, prepared.plan, time.perf_counter() - began, main=main)
+        write_model(prepared, state["params"], result)
     return result
 
 
@@ -109,7 +110,14 @@ def prepare_with_jax(
 ) -> Prepared:
     """Tokenise what is not tokenised yet, and check that everything fits. Raises ValueError."""
     join_processes()
-    check_agreement(configuration)
+    check_agreement(configuration, dry_run=True)
+    return prepare_together(configuration, note=note, progress=progress)
+
+
+def prepare_together(
+    configuration: TrainConfiguration, *, note: Say | None = None, progress: Callable[[int, int], None] | None = None
+) -> Prepared:
+    """As `prepare_with_jax`, of hosts that agree."""
     training, data = configuration.training, configuration.data
     check_supported(configuration)
     check_trackers(configuration.metrics.report_to)
@@ -121,6 +129,7 @@ def prepare_with_jax(
         origin = origin_of(configuration, tokenizer)
     config, edits = (origin.config, origin.plan) if isinstance(origin, StoredModel) else (origin, [])
     dtype = compute_dtype(training.precision)
+    check_same_model(origin)
     model = NeuroBlast(config, edits, computation=computation_of(configuration, config, mesh, dtype))
     share = Share(jax.process_index(), jax.process_count(), first_ahead)
     rows = open_rows(configuration, tokenizer, vocabulary=config.vocab_size, share=share, progress=progress)
@@ -135,7 +144,8 @@ def prepare_with_jax(
         precision=np.dtype(dtype).name,
         device=f"{jax.device_count()} {jax.devices()[0].platform}",
     )
-    check_free_space(configuration.output.folder, (configuration.output.keep + 1) * plan.checkpoint_bytes)
+    output = configuration.output
+    check_free_space(output.folder, room_for(output.folder, keep=output.keep, nbytes=plan.checkpoint_bytes))
     if rows.held_out is None and note is not None:
         note("no document is held out (data.held_out, or too little text): the run is not evaluated")
     pieces = pieces_for(data.sequence_length, training.micro_batch_size, config.vocab_size, configuration.jax.tensor)
@@ -255,6 +265,7 @@ class JaxRun:
         prepared, like = self.prepared, self.abstract_state()
         found = self.checkpoints.to_resume()
         if found is not None:
+            self.check_goes_on(found)
             state, data = self.checkpoints.restore(found, like)
             self.batches.restore(data["batches"], found)
             return state, int(data["step"])
@@ -266,6 +277,15 @@ class JaxRun:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         begin = jax.jit(functools.partial(initial_state, optimizer=self.optimizer), out_shardings=shardings)
         return begin(params), 0
+
+    def check_goes_on(self, checkpoint: Path) -> None:
+        """Raise ValueError where the run is further than it is told to go."""
+        step, steps = int(checkpoint.name.rpartition("-")[2]), self.plan.steps
+        if step > steps:
+            raise ValueError(
+                f"{self.folder}: is at step {step} ({checkpoint.name}), and the settings say {steps} steps; a run does "
+                f"not go back: give training.steps {step} or more, or --fresh starts anew"
+            )
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""

@@ -3,11 +3,13 @@
     {"format": 1, "step": 200, "files": {"model.safetensors": {"bytes": 538090408, "sha256": "..."}}, ...}
 
 A folder without that file is what a killed or failed save left; nobody resumes from it, and the next save removes it.
+One whose file cannot be understood may be a newer version's: nobody resumes from it, and only --fresh removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -58,21 +60,49 @@ def hash_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def was_sealed(folder: Path) -> bool:
+    """Whether there is a `complete.json`, understood or not: then nobody removes the folder without being told to."""
+    return os.path.lexists(folder / COMPLETE_FILE)
+
+
+def parse_complete(folder: Path) -> dict[str, Any]:
+    """The content of `complete.json`. Raises ValueError where it is not what this version writes."""
+    try:
+        content = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"its {COMPLETE_FILE} cannot be read ({one_line(error)})") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT_VERSION:
+        raise ValueError(f"its {COMPLETE_FILE} is of format {found!r}, this version reads format {FORMAT_VERSION}")
+    files = content.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"its {COMPLETE_FILE} names no files")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"its {COMPLETE_FILE} has no size and SHA-256 of {name}")
+    return content
+
+
 def read_complete(folder: Path) -> dict[str, Any] | None:
     """The content of `complete.json`, or None where it is missing or cannot be understood."""
     try:
-        content = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
-        return content if content["format"] == FORMAT_VERSION and content["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse_complete(folder)
+    except ValueError:
         return None
 
 
 def what_is_wrong(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None: every file is read and its SHA-256 compared."""
-    content = read_complete(folder)
-    if content is None:
+    if not was_sealed(folder):
         return "it is not complete (the run was killed, or failed, while saving it)"
-    for name, entry in content["files"].items():
+    try:
+        files = parse_complete(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name in files_of(folder):
+        if name not in files and not Path(name).name.startswith("."):  # file systems put such names in
+            return f"{name} is there, but not in its {COMPLETE_FILE}"
+    for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -97,25 +127,38 @@ def newest_complete(run: str | os.PathLike[str], *, note: Callable[[str], None] 
 def to_resume(run: str | os.PathLike[str], *, note: Callable[[str], None] | None = None) -> Path | None:
     """The checkpoint to go on from, or None where none was ever complete. For the one process of a run that tidies up.
 
-    Damaged ones that are newer no longer count from then on. Raises ValueError when all of them are damaged: to begin
-    anew without a word would throw the run away.
+    Damaged ones that are newer no longer count from then on, and those that cannot be understood are moved aside.
+    Raises ValueError when all of them are such: to begin anew without a word would throw the run away.
     """
-    passed_over: list[str] = []
+    passed_over: list[tuple[Path, str]] = []
     for _, folder in reversed(checkpoint_folders(run)):
         problem = what_is_wrong(folder)
         if problem is None:
             break
         if note is not None:
             note(f"{folder.name} is passed over: {problem}")
-        if read_complete(folder) is not None:
-            passed_over.append(f"{folder.name}: {problem}")
+        if was_sealed(folder):
+            passed_over.append((folder, problem))
     else:
         if passed_over:
-            raise ValueError(f"{run}: no checkpoint can be resumed ({'; '.join(passed_over[:3])}); --fresh starts anew")
+            named = "; ".join(f"{each.name}: {problem}" for each, problem in passed_over[:3])
+            raise ValueError(f"{run}: no checkpoint can be resumed ({named}); --fresh starts anew")
         return None
-    for name in passed_over:  # or they would be kept in the place of new ones
-        (Path(run) / name.partition(":")[0] / COMPLETE_FILE).unlink()
+    for each, _ in passed_over:  # or they would be kept in the place of new ones
+        if read_complete(each) is not None:
+            (each / COMPLETE_FILE).unlink()
+            continue
+        aside = move_aside(each)
+        if note is not None:
+            note(f"{each.name} is kept as {aside.name}")
     return folder
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a folder, so that a save of the same step finds its place free; gives the new path."""
+    names = (folder.with_name(f"{folder.name}.aside" + (f"-{n}" if n else "")) for n in itertools.count())
+    aside = next(path for path in names if not path.exists())
+    return folder.rename(aside)
 
 
 def last_sealed(run: str | os.PathLike[str]) -> Path | None:
@@ -126,7 +169,7 @@ def last_sealed(run: str | os.PathLike[str]) -> Path | None:
 def remove_incomplete(run: str | os.PathLike[str]) -> None:
     """Remove what killed saves left behind. Only for the one process of a run that tidies up."""
     for _, folder in checkpoint_folders(run):
-        if read_complete(folder) is None:
+        if not was_sealed(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -137,6 +180,13 @@ def rotate(run: str | os.PathLike[str], *, keep: int, spare: str | os.PathLike[s
         if spare is None or folder.resolve() != Path(spare).resolve():
             (folder / COMPLETE_FILE).unlink(missing_ok=True)  # first: half a folder must not count
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def room_for(run: str | os.PathLike[str], *, keep: int, nbytes: int) -> int:
+    """How many more bytes the checkpoints of a run will take, of `nbytes` each: one more than stay, while it is
+    written, less those that are there."""
+    there = sum(read_complete(folder) is not None for _, folder in checkpoint_folders(run))
+    return max(1, keep + 1 - there) * nbytes
 
 
 @contextlib.contextmanager
