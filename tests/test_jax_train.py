@@ -350,6 +350,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path)
             {"jax": {"fsdp": 3}},
             "jax.fsdp 3 x jax.tensor 1 = 3 devices share the weights, but all hosts together have 8",
         ),
+        ({"jax": {"fsdp": True}}, "jax.fsdp.*integer"),
         ({"jax": {"data": 4}}, "jax.data 4 x jax.fsdp 1 x jax.tensor 1 = 4 devices, but there are 8"),
         ({"training": {"batch_size": 12}}, r"training.batch_size 12 cannot be divided among 8 groups of devices"),
         ({"training": EIGHT | {"compile": True}}, "training.compile: True is of the torch backend"),

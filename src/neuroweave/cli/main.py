@@ -31,6 +31,7 @@ COMMANDS = {
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),
     "compare": ("compare", "Measure what a change did to a model; write a report."),
     "sweep": ("sweep", "Measure a grid of changes; draw what each costs."),
+    "round": ("round_", "Round a model's weights to 4 bits so that what it computes changes least."),
     "harden": ("harden", "Turn learned mixtures into segments: a plain recipe."),
     "calibrate": ("calibrate", "Bring a patched model back in closed form: minutes on a CPU."),
     "heal": ("heal", "Bring a patched model back by distillation: LoRA, MLPs, mixtures or all of it."),
