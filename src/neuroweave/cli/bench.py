@@ -59,8 +59,9 @@ def command(
         ways += found
         losses |= of_texts
     say = (lambda line: None) if as_json else note
-    measured = measure_ways(ways, prompt, new_tokens, rounds, say)
     bandwidth = memory_bandwidth(torch.get_num_threads())
+    measured = measure_ways(ways, prompt, new_tokens, rounds, say)
+    bandwidth = max(bandwidth, memory_bandwidth(torch.get_num_threads()))
     machine = describe_environment()
     own = {each.model: each.timings[0].tokens for each in measured if each.name == BASELINE}
     facts = [facts_of(each, own[each.model], bandwidth, losses) for each in measured]

@@ -166,7 +166,7 @@ def memory_bandwidth(threads: int) -> float:
         threads=threads,
     )
     best = 0.0
-    for _ in range(12):
+    for _ in range(40):
         for job in (lambda: engine.step(0), matrix.data.sum):
             began = time.perf_counter()
             job()

@@ -75,7 +75,9 @@ def find_compiler() -> str:
 
 
 def machine_flags() -> tuple[str, ...]:
-    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native", "-mprefer-vector-width=512")
+    if platform.machine() in ("arm64", "aarch64"):
+        return ("-mcpu=native",)
+    return "-march=native", "-mprefer-vector-width=512"
 
 
 @functools.cache

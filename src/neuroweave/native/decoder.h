@@ -47,16 +47,43 @@ struct Rounded {
     std::vector<int32_t> excess, excess_fine;  // 16 numbers a block: -(128 or 8) times the sums of 4 inputs
 };
 
-static void round_input(Rounded &r, const float *x, int n, int format) {
+static void round_input(Rounded &r, const float *input, int n, int format) {
     int blocks = (n + BLOCK - 1) / BLOCK;
-    r.values.assign((size_t)blocks * BLOCK, 0);
-    r.fine.assign((size_t)blocks * BLOCK, 0);
+    r.values.resize((size_t)blocks * BLOCK);
+    r.fine.resize((size_t)blocks * BLOCK);
+    if (n % BLOCK) { memset(&r.values[(blocks - 1) * BLOCK], 0, BLOCK); memset(&r.fine[(blocks - 1) * BLOCK], 0, BLOCK); }
     r.scales.resize(blocks);
     r.excess.resize((size_t)blocks * 16);
     r.excess_fine.resize((size_t)blocks * 16);
-    for (int b = 0; b < blocks; b++) {
+    int b = 0;
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    const __m512i added = _mm512_set1_epi8(format == INT8 ? (char)128 : 8);
+    for (; (b + 1) * BLOCK <= n; b++) {
+        __m512 x[4], most = _mm512_setzero_ps();
+        for (int i = 0; i < 4; i++) {
+            x[i] = _mm512_loadu_ps(input + b * BLOCK + 16 * i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(x[i]));
+        }
+        float largest = _mm512_reduce_max_ps(most);
+        __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);
+        for (int i = 0; i < 4; i++) {
+            __m512 scaled = _mm512_mul_ps(x[i], inverse);
+            __m512i whole = _mm512_cvtps_epi32(scaled);
+            __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(FINE));
+            _mm_storeu_si128((__m128i *)(r.values.data() + b * BLOCK + 16 * i), _mm512_cvtepi32_epi8(whole));
+            _mm_storeu_si128((__m128i *)(r.fine.data() + b * BLOCK + 16 * i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest)));
+        }
+        r.scales[b] = largest / 127.0f / FINE;
+        __m512i zero = _mm512_setzero_si512();
+        __m512i much = _mm512_dpbusd_epi32(zero, added, _mm512_loadu_si512(r.values.data() + 64 * b));
+        __m512i much_fine = _mm512_dpbusd_epi32(zero, added, _mm512_loadu_si512(r.fine.data() + 64 * b));
+        _mm512_storeu_si512(r.excess.data() + 16 * b, _mm512_sub_epi32(zero, much));
+        _mm512_storeu_si512(r.excess_fine.data() + 16 * b, _mm512_sub_epi32(zero, much_fine));
+    }
+#endif
+    for (; b < blocks; b++) {
         int count = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
-        const float *p = x + b * BLOCK;
+        const float *p = input + b * BLOCK;
         float most = 0;
         for (int i = 0; i < count; i++) most = fmaxf(most, fabsf(p[i]));
         float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
@@ -296,8 +323,9 @@ class Team {
     void run_op(const Op &op, int number, int id, Member &me);
 };
 
-static void round_for(Member &me, const Matrix &m, const float *x) {
-    if (m.format != FLOAT32) round_input(me.rounded, x, m.columns, m.format);
+static void round_for(Member &me, const Op &op) {  // flags 2: the operation before had the same input, in the same format
+    const Matrix &m = *op.matrix;
+    if (m.format != FLOAT32 && !(op.flags & 2)) round_input(me.rounded, op.in, m.columns, m.format);
 }
 static int chunk_of(int rows, int columns, int threads) {
     int chunk = (1 << 15) / (columns > 0 ? columns : 1);  // of a few microseconds
@@ -504,15 +532,15 @@ inline void Team::run_op(const Op &op, int number, int id, Member &me) {
         if (id == 0) rotate(op, position);
         break;
     case LINEAR:
-        round_for(me, *op.matrix, op.in);
+        round_for(me, op);
         share(number, op.matrix->rows, chunk_of(op.matrix->rows, op.matrix->columns, count), [&](int a, int b) { linear(op, a, b, me); });
         break;
     case GLU:
-        round_for(me, *op.matrix, op.in);
+        round_for(me, op);
         share(number, op.matrix->rows, chunk_of(op.matrix->rows, 2 * op.matrix->columns, count), [&](int a, int b) { gated(op, a, b, me); });
         break;
     case SPARSE_GLU:
-        round_for(me, *op.matrix, op.in);
+        round_for(me, op);
         me.partial.assign(op.matrix3->columns, 0.0f);
         share(number, op.matrix->rows, 64, [&](int a, int b) { sparse(op, a, b, me); });
         break;

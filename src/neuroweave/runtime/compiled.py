@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from neuroweave.native.build import library
 from neuroweave.runtime import operations as of
 from neuroweave.runtime.weights import FORMATS, PackedMatrix
 
+SAME_INPUT = 2  # a flag
 KINDS = ("embed", "norm", "linear", "rotate", "attend", "glu", "activate", "add", "gather", "softmax_gate",
          "sparse_glu", "merge", "multiply")  # fmt: skip
 
@@ -53,6 +55,8 @@ class CompiledProgram:
         self.kernels: list[Kernel] = []
         self.buffers = {name: torch.zeros(width) for name, width in program.buffers.items()}
         ops = [op for operation in program.operations for op in self.native(operation)]
+        for before, after in itertools.pairwise(ops):
+            after.flags |= SAME_INPUT * self.same_input(before, after)
         self.ops = (NativeOp * len(ops))(*ops)
         self.library = decoder_library(self.kernels)
         self.team = self.library.neuroweave_team(threads)
@@ -139,6 +143,14 @@ class CompiledProgram:
                 ]  # fmt: skip
             case of.SoftmaxGate():
                 return [made("softmax_gate", n=op.out.size, in_=at(op.source), out=at(op.out))]
+
+    def same_input(self, before: NativeOp, after: NativeOp) -> bool:
+        """Whether both are linear in the same input, rounded alike, so that it need not be rounded again."""
+        linear = KINDS.index("linear")
+        if not before.kind == after.kind == linear or before.in_ != after.in_:
+            return False
+        formats = [ctypes.cast(op.matrix, ctypes.POINTER(NativeMatrix)).contents.format for op in (before, after)]
+        return formats[0] == formats[1]
 
     def place(self, place: of.Place) -> int:
         return self.buffers[place.buffer].data_ptr() + 4 * place.start

@@ -31,7 +31,7 @@ from neuroweave.runtime.operations import (
     SoftmaxGate,
     SparseGlu,
 )
-from neuroweave.runtime.weights import PackedMatrix, pack
+from neuroweave.runtime.weights import PackedMatrix, layer_format, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "neuroblast")
 CLOSE = 2e-3  # of the largest logit: float32 in another order is 1e-5 of it, a wrong formula 1e-1
@@ -43,8 +43,8 @@ class UnsupportedModelError(ValueError):
 
 def lower(model: Any, *, format: str = "float32", head_format: str | None = None, positions: int | None = None,
           thresholds: dict[int, Tensor] | None = None, check: bool = True) -> Program:  # fmt: skip
-    """The program of a model. `format`: of its matrices; `head_format`: of embedding and head, if another; with int4,
-    embedding and head, keys and values are int8, which costs few bytes and saves most of the error.
+    """The program of a model. `format`: of its matrices; `head_format`: of embedding and head, if another; with int4
+    embedding and head are int8, and what `layer_format` says.
 
     `positions`: the longest text, the model's own by default. `thresholds` [M] by layer: neurons below them are
     skipped; a layer that is not named runs dense. Raises UnsupportedModelError.
@@ -86,6 +86,7 @@ class Lowering:
             self.e = self.buffer("e", width)
             self.operations.append(Add(self.h, self.e))
         layers = decoder_layers(self.model)
+        self.last = len(layers) - 1
         for sign_and_norm in bridges.get(-1, []):
             self.bridge(*sign_and_norm)
         for number, layer in enumerate(layers):
@@ -195,8 +196,7 @@ class Lowering:
         whole = self.buffer("qkv", sum(sizes))
         query, key, value = (whole.part(sum(sizes[:i]), each) for i, each in enumerate(sizes))
         for name, place in zip("qkv", (query, key, value), strict=True):
-            format = "int8" if self.format == "int4" and name in "kv" else self.format
-            self.project(getattr(module, f"{name}_proj"), self.x, place, format=format)
+            self.project(getattr(module, f"{name}_proj"), self.x, place, format=self.own_format(f"{name}_proj"))
         if isinstance(getattr(module, "q_norm", None), nn.Module):
             self.norm(module.q_norm, query, query, size)
             self.norm(module.k_norm, key, key, size)
@@ -209,7 +209,10 @@ class Lowering:
         cap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
         scale = float(getattr(module, "scaling", None) or size**-0.5)
         self.operations.append(Attend(query, key, value, attended, size, scale, window, cap))
-        self.project(module.o_proj, attended, out, accumulate=accumulate)
+        self.project(module.o_proj, attended, out, accumulate=accumulate, format=self.own_format("o_proj"))
+
+    def own_format(self, projection: str) -> str:
+        return layer_format(self.format, projection, last=self.number == self.last)
 
     def rotates(self, layer: Any) -> bool:
         module = layer.self_attn
@@ -240,22 +243,24 @@ class Lowering:
             if all(plain) and accumulate:
                 format = "float32" if self.format == "float32" else "int8"
                 turned = pack(down.weight.T.contiguous(), format)
-                matrices = self.pack(gate.weight), self.pack(up.weight), turned
+                own = self.own_format("gate_proj")
+                matrices = self.pack(gate.weight, None, own), self.pack(up.weight, None, own), turned
                 least = self.thresholds[self.number].float().contiguous()
                 self.operations.append(SparseGlu(self.x, out, *matrices, segments, least))
                 return
         gated = self.buffer("gated", neurons)
+        formats = {name: self.own_format(f"{name}_proj") for name in ("gate", "up", "down")}
         if not bare:
             upper = self.buffer("upper", neurons)
-            self.project(gate, self.x, gated)
+            self.project(gate, self.x, gated, format=formats["gate"])
             self.operations.append(Activate(gated, gated, segments))
-            self.project(up, self.x, upper)
+            self.project(up, self.x, upper, format=formats["up"])
             self.operations.append(Multiply(gated, upper, gated))
-            self.project(down, gated, out, accumulate=accumulate)
+            self.project(down, gated, out, accumulate=accumulate, format=formats["down"])
             return
-        packed = [self.pack(each.weight, getattr(each, "bias", None)) for each in (gate, up)]
+        packed = [self.pack(each.weight, getattr(each, "bias", None), formats["gate"]) for each in (gate, up)]
         self.operations.append(Glu(self.x, gated, packed[0], packed[1], segments))
-        self.project(down, gated, out, accumulate=accumulate)
+        self.project(down, gated, out, accumulate=accumulate, format=formats["down"])
 
     # -------------------------------------------------------------------------------------------------- NeuroBLAST
 

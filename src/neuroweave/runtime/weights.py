@@ -40,6 +40,15 @@ BLOCK = 64  # inputs; rows are filled up with zeros to a multiple of it
 GROUP = 32  # inputs that share a scale, of 4-bit numbers
 
 
+def layer_format(format: str, projection: str, *, last: bool) -> str:
+    """The format of a layer's matrix in a model of `format`: with int4, keys and values and the last layer are int8.
+
+    SmolLM2-135M's perplexity, each alone in 4 bits by GPTQ: values +14 % (most heads look at the first token, of which
+    the inputs' squares know little), the last layer +1 %; all seven of another layer 0.0 to 0.6 %.
+    """
+    return "int8" if format == "int4" and (last or projection in ("k_proj", "v_proj")) else format
+
+
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
     """`data`: float32 [D, C], uint8 [D, C'] or [D, C' / 2], C' the filled-up C. `scales`: float32 [D] or float16

@@ -21,7 +21,7 @@ from neuroweave import __version__
 from neuroweave.checkpoint.loading import check_source, check_weights, load_tokenizer
 from neuroweave.checkpoint.resaving import load_stored, save_like
 from neuroweave.checkpoint.staging import check_free_space, check_output, staged_folder
-from neuroweave.runtime.weights import pack
+from neuroweave.runtime.weights import layer_format, pack
 from neuroweave.surgery.calibration.on_disk import draw_calibration_windows
 from neuroweave.surgery.calibration.stream import LayerStream, listening
 from neuroweave.surgery.rounding.four_bits import round_to_four_bits
@@ -29,9 +29,6 @@ from neuroweave.text.tokens import NamedText, token_ids_sha256
 
 TOKENS, WINDOW = 16_384, 512
 RECORD = "rounding.json"
-# What attention's first tokens are known by: nearly all heads look at them, and GPTQ, for which they are one token of
-# hundreds, lets them go (v_proj alone: +14 % perplexity of SmolLM2-135M, rounded to int8 +0.1 %).
-EIGHT_BITS = ("k_proj", "v_proj")
 Progress = Callable[[int, int], object]
 
 
@@ -57,7 +54,7 @@ def round_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Rounding:
-    """Write `out`: the folder `source` with its layers' matrices rounded to 4 bits, keys and values to int8.
+    """Write `out`: the folder `source` with its layers' matrices rounded to 4 bits (some to int8: `layer_format`).
 
     Embedding and head stay as they are (the runtime holds them in int8). Raises ValueError, before anything is written,
     for folders and texts that do not fit.
@@ -95,7 +92,7 @@ def round_layers(
             grams = grams_of(stream, list(matrices.values()))
             found = []
             for name, module in matrices.items():
-                format = "int8" if name.rpartition(".")[2] in EIGHT_BITS else "int4"
+                format = layer_format("int4", name.rpartition(".")[2], last=stream.at == len(stream.layers) - 1)
                 counts[format] = counts.get(format, 0) + 1
                 found.append(round_matrix(module, grams[module], format))
             errors.append(sum(found) / len(found))
