@@ -232,6 +232,80 @@ static inline float row_product(const Matrix &m, int row, const float *x, const 
     return m.bias ? y + m.bias[row] : y;
 }
 
+// y[i] of `count` rows one after the other: four at a time share what is read of the input
+static void rows_products(const Matrix &m, int start, int count, const float *x, const Rounded &r, float *y) {
+    int i = 0;
+    if (m.format == FLOAT32) {
+        size_t n = m.columns;
+        for (; i + 4 <= count; i += 4) {
+            const float *w0 = (const float *)m.data + (size_t)(start + i) * n, *w1 = w0 + n, *w2 = w1 + n, *w3 = w2 + n;
+            vec a{}, b{}, c{}, d{};
+            size_t at = 0;
+            for (; at + WIDTH <= n; at += WIDTH) {
+                vec v = load(x + at);
+                __builtin_prefetch(w0 + at + 128); __builtin_prefetch(w1 + at + 128);
+                __builtin_prefetch(w2 + at + 128); __builtin_prefetch(w3 + at + 128);
+                a += load(w0 + at) * v; b += load(w1 + at) * v; c += load(w2 + at) * v; d += load(w3 + at) * v;
+            }
+            float s[4] = {sum(a), sum(b), sum(c), sum(d)};
+            for (; at < n; at++) { s[0] += w0[at] * x[at]; s[1] += w1[at] * x[at]; s[2] += w2[at] * x[at]; s[3] += w3[at] * x[at]; }
+            for (int k = 0; k < 4; k++) y[i + k] = m.bias ? s[k] + m.bias[start + i + k] : s[k];
+        }
+    }
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    int blocks = blocks_of(m);
+    const __m512 fine = _mm512_set1_ps(FINE);
+    if (m.format == INT8) {
+        const float *scales = (const float *)m.scales + start;
+        size_t stride = (size_t)blocks * 64;
+        for (; i + 4 <= count; i += 4) {
+            const uint8_t *w = (const uint8_t *)m.data + (size_t)(start + i) * stride;
+            __m512 total[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int b = 0; b < blocks; b++) {
+                __m512i v = _mm512_loadu_si512(r.values.data() + 64 * b), f = _mm512_loadu_si512(r.fine.data() + 64 * b);
+                __m512i much = _mm512_loadu_si512(r.excess.data() + 16 * b), much_fine = _mm512_loadu_si512(r.excess_fine.data() + 16 * b);
+                __m512 scale = _mm512_set1_ps(r.scales[b]);
+                for (int k = 0; k < 4; k++) {
+                    __m512i u = _mm512_loadu_si512(w + k * stride + 64 * b);
+                    __m512 q = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(much, u, v));
+                    __m512 g = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(much_fine, u, f));
+                    total[k] = _mm512_fmadd_ps(_mm512_fmadd_ps(q, fine, g), scale, total[k]);
+                }
+            }
+            for (int k = 0; k < 4; k++) y[i + k] = _mm512_reduce_add_ps(total[k]) * scales[i + k] + (m.bias ? m.bias[start + i + k] : 0.0f);
+        }
+    } else if (m.format == INT4) {
+        const __m256i low = _mm256_set1_epi8(15);
+        const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        size_t stride = (size_t)blocks * 32;
+        for (; i + 4 <= count; i += 4) {
+            const uint8_t *w = (const uint8_t *)m.data + (size_t)(start + i) * stride;
+            const uint16_t *scales = (const uint16_t *)m.scales + (size_t)(start + i) * blocks * 2;
+            __m512 total[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int b = 0; b < blocks; b++) {
+                __m512i v = _mm512_loadu_si512(r.values.data() + 64 * b), f = _mm512_loadu_si512(r.fine.data() + 64 * b);
+                __m512i much = _mm512_loadu_si512(r.excess.data() + 16 * b), much_fine = _mm512_loadu_si512(r.excess_fine.data() + 16 * b);
+                __m128 scale = _mm_set1_ps(r.scales[b]);
+                for (int k = 0; k < 4; k++) {
+                    __m256i packed = _mm256_loadu_si256((const __m256i *)(w + k * stride + 32 * b));
+                    __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+                    __m512i u = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, low)), high, 1);
+                    __m512 q = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(much, u, v));
+                    __m512 g = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(much_fine, u, f));
+                    int32_t two;
+                    memcpy(&two, scales + (size_t)k * blocks * 2 + 2 * b, 4);
+                    __m128 pair = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(two)), scale);
+                    __m512 own = _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(pair));
+                    total[k] = _mm512_fmadd_ps(_mm512_fmadd_ps(q, fine, g), own, total[k]);
+                }
+            }
+            for (int k = 0; k < 4; k++) y[i + k] = _mm512_reduce_add_ps(total[k]) + (m.bias ? m.bias[start + i + k] : 0.0f);
+        }
+    }
+#endif
+    for (; i < count; i++) y[i] = row_product(m, start + i, x, r);
+}
+
 static void activate_segments(const Op &op, const float *x, float *y, int start, int count) {
     for (int64_t i = 0; i < op.segment_count; i++) {
         const Segment &s = op.segments[i];
@@ -432,10 +506,15 @@ static void attend(const Op &op, int head, int64_t position, Member &me) {
 
 // out[i] of rows start to stop of a product
 static void linear(const Op &op, int start, int stop, Member &me) {
-    for (int row = start; row < stop; row++) {
-        float y = row_product(*op.matrix, row, op.in, me.rounded);
-        if (op.b > 0) y = op.b * tanhf(y / op.b);  // a soft cap, of logits
-        op.out[row] = op.flags & 1 ? op.out[row] + op.a * y : op.a * y;
+    float found[64];
+    for (int from = start; from < stop; from += 64) {
+        int count = stop - from < 64 ? stop - from : 64;
+        rows_products(*op.matrix, from, count, op.in, me.rounded, found);
+        for (int i = 0; i < count; i++) {
+            float y = found[i];
+            if (op.b > 0) y = op.b * tanhf(y / op.b);  // a soft cap, of logits
+            op.out[from + i] = op.flags & 1 ? op.out[from + i] + op.a * y : op.a * y;
+        }
     }
 }
 // act(gate) * up of neurons start to stop
@@ -443,10 +522,10 @@ static void gated(const Op &op, int start, int stop, Member &me) {
     float gate[64], up[64], acted[64];
     for (int from = start; from < stop; from += 64) {
         int count = stop - from < 64 ? stop - from : 64;
-        for (int i = 0; i < count; i++) gate[i] = row_product(*op.matrix, from + i, op.in, me.rounded);
+        rows_products(*op.matrix, from, count, op.in, me.rounded, gate);
         activate_segments(op, gate, acted, from, count);
         if (op.matrix2) {
-            for (int i = 0; i < count; i++) up[i] = row_product(*op.matrix2, from + i, op.in, me.rounded);
+            rows_products(*op.matrix2, from, count, op.in, me.rounded, up);
             for (int i = 0; i < count; i++) acted[i] *= up[i];
         }
         memcpy(op.out + from, acted, 4 * count);
@@ -511,7 +590,7 @@ static void sparse(const Op &op, int start, int stop, Member &me) {
     int rows[64];
     for (int from = start; from < stop; from += 64) {
         int count = stop - from < 64 ? stop - from : 64, live = 0;
-        for (int i = 0; i < count; i++) gate[i] = row_product(*op.matrix, from + i, op.in, me.rounded);
+        rows_products(*op.matrix, from, count, op.in, me.rounded, gate);
         activate_segments(op, gate, acted, from, count);
         for (int i = 0; i < count; i++)
             if (fabsf(acted[i]) > (op.weight ? op.weight[from + i] : 0.0f)) { rows[live] = from + i; factors[live++] = acted[i]; }
