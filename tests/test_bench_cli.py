@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
-from test_runtime import native, tiny  # noqa: F401
+from test_runtime import native, needs_compiler, tiny  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -41,6 +41,7 @@ def run(*arguments: str) -> str:
 
 
 def test_bench_says_what_it_measured(folder, tmp_path):
+    needs_compiler()
     patched = tiny("llama", attention_bias=False, mlp_bias=False, max_position_embeddings=512)
     neuroweave.patch(patched, {"sites": [{"site": "mlp", "activation": "phantom"}]})
     other = tmp_path / "patched"

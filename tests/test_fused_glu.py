@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_runtime import needs_compiler
 from tiny_llama import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -169,6 +170,7 @@ def test_large_results_go_past_the_caches(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_same_bits_whoever_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_compiler()
     activation = made(MIXTURES["every formula"], 4097)
     given = inputs(700, 4097)
     before = torch.get_num_threads()
