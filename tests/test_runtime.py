@@ -79,6 +79,20 @@ def test_equals_transformers(family, native):
     assert_same_logits(tiny(family), native)
 
 
+def test_texts_of_one_program_do_not_mix(native):
+    """Two engines in turn: what one has read is not seen by the other."""
+    model = random_model(**STAGES | {"vocab_size": 97}).eval()
+    program = lower(model)
+    alone = every_logit(Engine(program, positions=32), 9)
+    one, other = (Engine(program, positions=32) for _ in range(2))
+    found = [one.read_prompt(TOKENS[:9].tolist()).clone()]
+    other.read_prompt(TOKENS.flip(0)[:12].tolist())
+    for number, token in enumerate(TOKENS[9:].tolist()):
+        found.append((one.read_prompt([token]) if number % 3 == 0 else one.step(token)).clone())
+        other.step(5) if number < 5 else None
+    torch.testing.assert_close(torch.stack(found), alone, rtol=0, atol=2e-5 * float(alone.abs().max()))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads(threads, native):
     assert_same_logits(tiny("llama"), native, prompt=1, threads=threads)

@@ -45,16 +45,20 @@ class NativeOp(ctypes.Structure):
 
 
 class CompiledProgram:
-    """`step` runs one token. `buffers` [n] hold what it leaves; caches are the program's own.
+    """`step` runs one token. `buffers` [n] hold what it leaves; `caches` are written to.
 
     Raises NativeUnavailableError where nothing can be compiled.
     """
 
-    def __init__(self, program: of.Program, threads: int) -> None:
+    def __init__(self, program: of.Program, caches: of.Caches, threads: int) -> None:
         self.kept: list[Any] = []  # what the structures point to
         self.kernels: list[Kernel] = []
         self.buffers = {name: torch.zeros(width) for name, width in program.buffers.items()}
-        ops = [op for operation in program.operations for op in self.native(operation)]
+        ops = [
+            op
+            for place, operation in enumerate(program.operations)
+            for op in self.native(operation, *caches.get(place, ()))
+        ]
         for before, after in itertools.pairwise(ops):
             after.flags |= SAME_INPUT * self.same_input(before, after)
         self.ops = (NativeOp * len(ops))(*ops)
@@ -74,7 +78,7 @@ class CompiledProgram:
 
     # ------------------------------------------------------------------------------------------------- structures
 
-    def native(self, op: of.Operation) -> list[NativeOp]:
+    def native(self, op: of.Operation, *cache: Tensor) -> list[NativeOp]:
         at, to = self.place, self.tensor
         match op:
             case of.Embed():
@@ -104,9 +108,9 @@ class CompiledProgram:
             case of.Attend():
                 return [
                     made(
-                        "attend", n=op.size, m=op.keys.shape[1], heads=op.heads, groups=op.groups, window=op.window,
+                        "attend", n=op.size, m=cache[0].shape[1], heads=op.heads, groups=op.groups, window=op.window,
                         a=op.scale, b=op.cap, in_=at(op.query), in2=at(op.key), weight=at(op.value), out=at(op.out),
-                        keys=to(op.keys), values=to(op.values),
+                        keys=to(cache[0]), values=to(cache[1]),
                     )
                 ]  # fmt: skip
             case of.Glu():
@@ -138,7 +142,7 @@ class CompiledProgram:
                 return [
                     made(
                         "gather", n=op.source.size, m=op.places, k=op.dilation, heads=op.taps, in_=at(op.source),
-                        out=at(op.out), keys=to(op.ring),
+                        out=at(op.out), keys=to(cache[0]),
                     )
                 ]  # fmt: skip
             case of.SoftmaxGate():

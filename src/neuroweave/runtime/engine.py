@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuroweave.native.build import NativeUnavailableError
 from neuroweave.runtime.compiled import CompiledProgram
-from neuroweave.runtime.operations import Attend, Gather, Program
+from neuroweave.runtime.operations import Program, empty_caches
 from neuroweave.runtime.reference import read, run_reference
 
 CHUNK = 512  # tokens of a prompt that are read at once
@@ -27,16 +27,11 @@ class Engine:
         if not 1 <= positions <= program.positions:
             raise ValueError(f"{positions} positions: this model has {program.positions}")
         self.program, self.positions, self.seen = program, positions, 0
-        for operation in program.operations:
-            if isinstance(operation, Attend):
-                operation.keys = torch.zeros(operation.groups, positions, operation.size)
-                operation.values = torch.zeros(operation.groups, positions, operation.size)
-            elif isinstance(operation, Gather):
-                operation.ring = torch.zeros(operation.places, operation.source.size)
+        self.caches = empty_caches(program, positions)
         self.why_not = ""
         self.runner: CompiledProgram | None = None
         try:
-            self.runner = CompiledProgram(program, torch.get_num_threads() if threads is None else threads)
+            self.runner = CompiledProgram(program, self.caches, torch.get_num_threads() if threads is None else threads)
         except NativeUnavailableError as error:
             self.why_not = str(error)
 
@@ -55,7 +50,7 @@ class Engine:
         self.check_room(len(tokens))
         for start in range(0, len(tokens), CHUNK):
             part = list(tokens[start : start + CHUNK])
-            state = run_reference(self.program, part, self.seen)
+            state = run_reference(self.program, self.caches, part, self.seen)
             self.seen += len(part)
         return read(state, self.program.logits)[-1]
 

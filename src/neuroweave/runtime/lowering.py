@@ -30,7 +30,9 @@ from neuroweave.runtime.operations import (
     Rotate,
     SoftmaxGate,
     SparseGlu,
+    empty_caches,
 )
+from neuroweave.runtime.reference import read, run_reference
 from neuroweave.runtime.weights import PackedMatrix, layer_format, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "neuroblast")
@@ -97,11 +99,12 @@ class Lowering:
                 raise UnsupportedModelError(f"layer {number} ({type(layer).__name__}): {error}") from error
             for sign_and_norm in bridges.get(number, []):
                 self.bridge(*sign_and_norm)
+        head = len(self.operations)
         self.norm(core.norm, self.h, self.x)
         logits = self.buffer("logits", int(self.head_weight().shape[0]))
         cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.project(self.model.lm_head, self.x, logits, cap=cap, format=self.head_format)
-        program = Program(self.operations, self.buffers, logits, self.positions)
+        program = Program(self.operations, self.buffers, logits, self.positions, head)
         if check:
             self.compare(program)
         return program
@@ -307,12 +310,10 @@ class Lowering:
         skipping = any(bool((least > 0).any()) for least in self.thresholds.values())
         if skipping or any(matrix.format != "float32" for matrix in program.matrices()):
             return
-        from neuroweave.runtime.engine import Engine
-
         tokens = torch.arange(3, 3 + min(12, self.positions)) % self.head_weight().shape[0]
-        engine = Engine(program, positions=len(tokens), threads=1)
         expected = self.model(tokens[None].to(self.model.device)).logits[0, -1].float().cpu()
-        found = engine.read_prompt(tokens.tolist())
+        state = run_reference(program, empty_caches(program, len(tokens)), tokens.tolist(), 0)
+        found = read(state, program.logits)[0]
         if not torch.allclose(found, expected, rtol=0, atol=CLOSE * float(expected.abs().max())):
             off = float((found - expected).abs().max() / expected.abs().max())
             raise UnsupportedModelError(

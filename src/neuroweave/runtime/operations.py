@@ -6,8 +6,9 @@ at once (`reference.py`), which reads prompts and stands in where there is no co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from neuroweave.activations.neuron_functions import NeuronSegment
@@ -70,7 +71,7 @@ class Rotate:
     sines: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Attend:
     """Softmax attention of each head over its group's keys; the new keys and values join the cache [G, S, size]."""
 
@@ -82,8 +83,6 @@ class Attend:
     scale: float
     window: int = 0
     cap: float = 0.0
-    keys: Tensor = field(init=False)
-    values: Tensor = field(init=False)
 
     @property
     def heads(self) -> int:
@@ -149,7 +148,7 @@ class Multiply:
     out: Place
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Gather:
     """out: the inputs of now and of `dilation`, 2 `dilation`, ... tokens ago, the oldest first, `taps` of them."""
 
@@ -157,7 +156,6 @@ class Gather:
     out: Place
     taps: int
     dilation: int
-    ring: Tensor = field(init=False)
 
     @property
     def places(self) -> int:
@@ -177,12 +175,14 @@ Operation = Embed | Norm | Linear | Rotate | Attend | Glu | SparseGlu | Activate
 
 @dataclass(eq=False)
 class Program:
-    """`buffers`: their widths. `logits`: where the logits come out. `positions`: the longest text."""
+    """`buffers`: their widths. `logits`: where the logits come out. `positions`: the longest text. `head`: the first
+    operation of those that only logits need: the final norm and what follows."""
 
     operations: list[Operation]
     buffers: dict[str, int]
     logits: Place
     positions: int
+    head: int = 0
 
     def matrices(self) -> list[PackedMatrix]:
         """Every matrix once that a token's step multiplies with."""
@@ -199,3 +199,18 @@ class Program:
     def bytes_a_token(self) -> int:
         """Of weights that one token's step reads, sparsity left aside."""
         return sum(matrix.bytes for matrix in self.matrices())
+
+
+Caches = dict[int, tuple[Tensor, ...]]  # by the operation's place: keys and values [G, S, size], or a ring [places, n]
+
+
+def empty_caches(program: Program, positions: int) -> Caches:
+    """What a text of so many positions leaves behind for the tokens to come."""
+    found: Caches = {}
+    for place, op in enumerate(program.operations):
+        if isinstance(op, Attend):
+            shape = (op.groups, positions, op.size)
+            found[place] = torch.zeros(shape), torch.zeros(shape)
+        elif isinstance(op, Gather):
+            found[place] = (torch.zeros(op.places, op.source.size),)
+    return found

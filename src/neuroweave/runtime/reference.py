@@ -23,15 +23,24 @@ State = dict[str, Tensor]
 
 
 @torch.no_grad()
-def run_reference(program: of.Program, tokens: list[int], position: int) -> State:
-    """The buffers [T, n] after the tokens at `position` and on; caches hold them too."""
-    state = {name: torch.zeros(len(tokens), width) for name, width in program.buffers.items()}
+def run_reference(program: of.Program, caches: of.Caches, tokens: list[int], position: int) -> State:
+    """The buffers [1, n] after the last of the tokens at `position` and on; caches hold all of them."""
+    state = {name: torch.zeros(len(tokens), n) for name, n in program.buffers.items() if name != program.logits.buffer}
     ids = torch.tensor(tokens)
-    for operation in program.operations:
+    for place, operation in enumerate(program.operations):
+        if place == program.head:  # of the head, only the last token's is asked for: a vocabulary is wide
+            state = {name: values[-1:] for name, values in state.items()}
+            state[program.logits.buffer] = torch.zeros(1, program.logits.size)
         if isinstance(operation, of.Embed):
             write(state, operation.out, operation.matrix.rows_at(ids) * operation.scale)
+        elif isinstance(operation, of.Attend):
+            attend(operation, state, position, *caches[place])
+        elif isinstance(operation, of.Rotate):
+            rotate(operation, state, position)
+        elif isinstance(operation, of.Gather):
+            gather(operation, state, position, *caches[place])
         else:
-            STEPS[type(operation)](operation, state, position)
+            STEPS[type(operation)](operation, state)
     return state
 
 
@@ -61,7 +70,7 @@ def one_segment(x: Tensor, segment: NeuronSegment) -> Tensor:
     return sum(weight * part for weight, part in zip(segment.weights, found, strict=True))
 
 
-def norm(op: of.Norm, state: State, position: int) -> None:
+def norm(op: of.Norm, state: State) -> None:
     x = read(state, op.source)
     x = x.reshape(len(x), -1, op.size)
     if op.centred:
@@ -71,7 +80,7 @@ def norm(op: of.Norm, state: State, position: int) -> None:
     write(state, op.out, (y if op.bias is None else y + op.bias).flatten(1))
 
 
-def linear(op: of.Linear, state: State, position: int) -> None:
+def linear(op: of.Linear, state: State) -> None:
     y = product(read(state, op.source), op.matrix)
     y = op.scale * (op.cap * torch.tanh(y / op.cap) if op.cap else y)
     write(state, op.out, read(state, op.out) + y if op.accumulate else y)
@@ -88,29 +97,29 @@ def rotate(op: of.Rotate, state: State, position: int) -> None:
     write(state, op.out, torch.cat((y, heads[..., turned:]), dim=-1).flatten(1))
 
 
-def attend(op: of.Attend, state: State, position: int) -> None:
+def attend(op: of.Attend, state: State, position: int, keys: Tensor, values: Tensor) -> None:
     query, key, value = (read(state, place) for place in (op.query, op.key, op.value))
     T = len(query)
     stop = position + T
-    for cache, new in ((op.keys, key), (op.values, value)):
+    for cache, new in ((keys, key), (values, value)):
         cache[:, position:stop] = new.reshape(T, op.groups, op.size).transpose(0, 1)
     q = query.reshape(T, op.groups, -1, op.size).permute(1, 2, 0, 3)  # [G, H / G, T, D]
-    scores = q @ op.keys[:, None, :stop].transpose(-1, -2) * op.scale
+    scores = q @ keys[:, None, :stop].transpose(-1, -2) * op.scale
     if op.cap:
         scores = op.cap * torch.tanh(scores / op.cap)
     ages = torch.arange(position, stop)[:, None] - torch.arange(stop)
     seen = (ages >= 0) & (ages < op.window) if op.window else ages >= 0
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    write(state, op.out, (weights @ op.values[:, None, :stop]).permute(2, 0, 1, 3).reshape(T, -1))
+    write(state, op.out, (weights @ values[:, None, :stop]).permute(2, 0, 1, 3).reshape(T, -1))
 
 
-def glu(op: of.Glu, state: State, position: int) -> None:
+def glu(op: of.Glu, state: State) -> None:
     x = read(state, op.source)
     y = activate(product(x, op.gate), op.segments)
     write(state, op.out, y if op.up is None else y * product(x, op.up))
 
 
-def sparse_glu(op: of.SparseGlu, state: State, position: int) -> None:
+def sparse_glu(op: of.SparseGlu, state: State) -> None:
     x = read(state, op.source)
     acted = activate(product(x, op.gate), op.segments)
     least = torch.zeros(()) if op.thresholds is None else op.thresholds
@@ -119,47 +128,44 @@ def sparse_glu(op: of.SparseGlu, state: State, position: int) -> None:
     write(state, op.out, read(state, op.out) + op.scale * y)
 
 
-def activation(op: of.Activate, state: State, position: int) -> None:
+def activation(op: of.Activate, state: State) -> None:
     write(state, op.out, activate(read(state, op.source), op.segments))
 
 
-def add(op: of.Add, state: State, position: int) -> None:
+def add(op: of.Add, state: State) -> None:
     y = op.a * read(state, op.source)
     write(state, op.out, y if op.other is None else y + op.b * read(state, op.other))
 
 
-def multiply(op: of.Multiply, state: State, position: int) -> None:
+def multiply(op: of.Multiply, state: State) -> None:
     write(state, op.out, read(state, op.source) * read(state, op.other))
 
 
-def gather(op: of.Gather, state: State, position: int) -> None:
+def gather(op: of.Gather, state: State, position: int, ring: Tensor) -> None:
     """The ring holds what came before; the inputs of long ago are zeros."""
     x = read(state, op.source)
     before = torch.arange(position - op.places, position)
-    past = torch.where((before >= 0)[:, None], op.ring[before % op.places], 0)
+    past = torch.where((before >= 0)[:, None], ring[before % op.places], 0)
     line = torch.cat((past, x))
     reach = op.places - 1
     taps = [line[op.places - reach + t * op.dilation :][: len(x)] for t in range(op.taps)]
     write(state, op.out, torch.cat(taps, dim=1))
     kept = torch.arange(max(0, position + len(x) - op.places), position + len(x))
-    op.ring[kept % op.places] = line[op.places - position + kept]
+    ring[kept % op.places] = line[op.places - position + kept]
 
 
-def softmax_gate(op: of.SoftmaxGate, state: State, position: int) -> None:
+def softmax_gate(op: of.SoftmaxGate, state: State) -> None:
     gate, value = read(state, op.source).chunk(2, dim=1)
     write(state, op.out, value * gate.softmax(-1))
 
 
-STEPS: dict[type, Callable[[Any, State, int], None]] = {
+STEPS: dict[type, Callable[[Any, State], None]] = {
     of.Norm: norm,
     of.Linear: linear,
-    of.Rotate: rotate,
-    of.Attend: attend,
     of.Glu: glu,
     of.SparseGlu: sparse_glu,
     of.Activate: activation,
     of.Add: add,
     of.Multiply: multiply,
-    of.Gather: gather,
     of.SoftmaxGate: softmax_gate,
 }
