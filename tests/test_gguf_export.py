@@ -24,7 +24,9 @@ from transformers import (
 
 from neuroweave.checkpoint import Checkpoint, import_checkpoint
 from neuroweave.checkpoint.gguf import open_tensors, read_gguf_header
-from neuroweave.checkpoint.gguf_export import PROBE, encode, export_gguf, interleaved
+from neuroweave.checkpoint.gguf_export import export_gguf
+from neuroweave.checkpoint.gguf_tensors import encode, interleaved
+from neuroweave.checkpoint.gguf_vocabulary import PROBE
 from neuroweave.cli.main import program
 from neuroweave.surgery.on_disk import patch_checkpoint
 

@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -161,7 +162,7 @@ def glu_forward(gate: Tensor, up: Tensor, weights: list[Tensor], beta: list[Tens
     made = None
     if fused_glu_native.supports(gate):
         made = fused_glu_native.forward(gate, up, segments)
-    elif triton_supports(gate):
+    elif triton_supports(gate) and triton_agrees(plan, gate.dtype, gate.device):
         from neuroweave.activations import fused_glu_triton
 
         made = fused_glu_triton.forward(gate, up, segments)
@@ -176,7 +177,7 @@ def glu_gradients(
     made: Gradients | None = None
     if fused_glu_native.supports(gate):
         made = fused_glu_native.backward(dout, gate, up, segments)
-    elif triton_supports(gate):
+    elif triton_supports(gate) and triton_agrees(plan, gate.dtype, gate.device):
         from neuroweave.activations import fused_glu_triton
 
         made = fused_glu_triton.backward(dout, gate, up, segments)
@@ -232,6 +233,48 @@ def has_triton() -> bool:
 def triton_supports(tensor: Tensor) -> bool:
     floats = (torch.float32, torch.float16, torch.bfloat16)
     return tensor.device.type == "cuda" and tensor.dtype in floats and has_triton()
+
+
+@functools.lru_cache(maxsize=256)
+def triton_agrees(plan: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine's kernels of a plan give what the twin gives, tried once on three rows; a warning if not."""
+    from neuroweave.activations import fused_glu_triton
+
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(device)
+
+    segments = [
+        replace(
+            each,
+            weights=drawn(len(each.members), each.stop - each.start) if w >= 0 else None,
+            beta=drawn(each.stop - each.start) + 0.5 if b >= 0 else None,
+        )
+        for each, w, b in read_plan(plan)
+    ]
+    gate, up, dout = ((6 * drawn(3, segments[-1].stop) - 3).to(dtype) for _ in range(3))
+    wanted = [twin_forward(gate, up, segments), *flat(twin_backward(dout, gate, up, segments))]
+    try:
+        found = [
+            fused_glu_triton.forward(gate, up, segments),
+            *flat(fused_glu_triton.backward(dout, gate, up, segments)),
+        ]
+        limit = CLOSE.get(dtype, 3e-2)
+        for a, b in zip(found, wanted, strict=True):
+            off = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30))
+            if not off <= limit:
+                raise ValueError(f"they are {off:.2g} of the largest value off")
+    except Exception as error:  # whatever a compiler or driver says, training goes on without it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"the Triton kernels of {plan!r} are not used on {device}: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+def flat(gradients: Gradients) -> list[Tensor]:
+    dgate, dup, dweights, dbeta = gradients
+    return [dgate, dup, *(each for each in (*dweights, *dbeta) if each is not None)]
 
 
 # -------------------------------------------------------------------------------------------------------------- twin
@@ -342,26 +385,27 @@ class FusedMlps:
         self.blocks.clear()
 
 
-def fuse_glu(model: nn.Module) -> FusedMlps:
+def fuse_glu(model: nn.Module, *, without_weights: bool = False) -> FusedMlps:
     """Run every gated MLP of this model instance, `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, in the fused form.
 
     An MLP that is written in another way, was wrapped, has an activation without formula, or gives another output on a
-    probe stays as it is. Patch first: an activation that is replaced later runs unfused. What comes back undoes it.
-    With `NEUROWEAVE_FUSED=0` nothing is changed.
+    probe stays as it is. `without_weights`: those on the meta device are fused without that probe. Patch first: an
+    activation that is replaced later runs unfused. What comes back undoes it. With `NEUROWEAVE_FUSED=0` nothing is
+    changed.
     """
     done = FusedMlps()
     for path, block in list(model.named_modules()):
         if not all(isinstance(getattr(block, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
             continue
         try:
-            fuse_block(block, done)
+            fuse_block(block, done, without_weights=without_weights)
             done.fused.append(path)
         except ValueError as error:
             done.left[path] = str(error)
     return done
 
 
-def fuse_block(block: Any, done: FusedMlps) -> None:
+def fuse_block(block: Any, done: FusedMlps, *, without_weights: bool = False) -> None:
     """Raises ValueError, and leaves the block as it was, where it cannot be fused."""
     old_class: Any = type(block)
     if not enabled():
@@ -374,15 +418,16 @@ def fuse_block(block: Any, done: FusedMlps) -> None:
         raise ValueError(f"the forward of {old_class.__name__} is not {FORM}")
     n, C = block.gate_proj.out_features, block.gate_proj.in_features
     plan = plan_of(block.act_fn, n)
-    before = probe(block, C)
+    unseen = without_weights and all(each.device.type == "meta" for each in block.parameters())
+    before = None if unseen else probe(block, C)
     block.fused_plan = (block.act_fn, n, plan)  # in a tuple, or the activation would be a second child
     block.__class__ = with_fused_glu(old_class)
-    after = probe(block, C)
-    limit = CLOSE.get(before.dtype, 3e-2) * float(before.abs().max())
-    if not float((after - before).abs().max()) <= limit:
-        block.__class__ = old_class
-        del block.fused_plan
-        raise ValueError("the fused form gave another output")
+    if before is not None:
+        limit = CLOSE.get(before.dtype, 3e-2) * float(before.abs().max())
+        if not float((probe(block, C) - before).abs().max()) <= limit:
+            block.__class__ = old_class
+            del block.fused_plan
+            raise ValueError("the fused form gave another output")
     done.blocks.append((block, old_class))
 
 

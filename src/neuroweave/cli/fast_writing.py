@@ -20,7 +20,7 @@ from transformers.generation import (
 )
 
 from neuroweave.cli.streaming import Continuation, Stream, Writer, check_device, load_causal
-from neuroweave.cli.token_choice import refuse_unknown, settings_with_defaults
+from neuroweave.cli.token_choice import check_sampling, refuse_unknown, settings_with_defaults
 from neuroweave.diagnose.passages import draw_sample
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import lower
@@ -82,6 +82,7 @@ class FastWriter(Writer):
         if config.prompt_lookup_num_tokens:
             raise ValueError(f"--prompt-lookup is not for the fast runtime; {WAY_OUT}")
         refuse_unknown(config, WAY_OUT)
+        check_sampling(config)
         engine = Engine(self.model.program, positions=len(ids) + config.max_new_tokens)
         choose = chooser(config)
         stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])

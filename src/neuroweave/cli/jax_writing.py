@@ -19,12 +19,11 @@ from transformers import GenerationConfig
 from neuroweave.checkpoint.hub import local_folder
 from neuroweave.checkpoint.loading import check_source, check_weights, load_tokenizer
 from neuroweave.cli.streaming import Continuation, Stream, Writer
-from neuroweave.cli.token_choice import refuse_unknown, settings_with_defaults
+from neuroweave.cli.token_choice import check_sampling, refuse_unknown, settings_with_defaults
 from neuroweave.neuroblast.jax_generation import Generator, Sampling
 from neuroweave.neuroblast.jax_modeling import Computation, NeuroBlast
 from neuroweave.neuroblast.jax_weights import describe_stored, load_params
 
-LARGEST = float(np.finfo(np.float32).max)
 DTYPES = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -98,32 +97,6 @@ class JaxWriter(Writer):
             stream.put(torch.tensor([found[-1]]))
             if found[-1] in ends:
                 break
-
-
-# name: (numbers that float32 has and that mean something, in words)
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "repetition_penalty": (lambda x: x > 0, "a number above 0"),
-    "temperature": (lambda x: x > 0, "a number above 0"),
-    "top_k": (lambda x: x >= 0 and x == int(x), "a whole number, 0 or more"),
-    "top_p": (lambda x: 0 < x <= 1, "a number above 0, at most 1"),
-    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
-}
-
-
-def check_sampling(config: GenerationConfig) -> None:
-    """Raise ValueError, naming the setting, for one that transformers would refuse to choose tokens by."""
-    if config.do_sample not in (None, True, False):
-        raise ValueError(f"generation_config.json: do_sample is {config.do_sample!r}; true or false was expected")
-    for name, (fits, words) in LIMITS.items():
-        value = getattr(config, name, None)
-        if value is None or (name != "repetition_penalty" and not config.do_sample):
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) <= LARGEST or not fits(value):
-            raise ValueError(
-                f"{name} is {value!r}, and {words} was expected; mend generation_config.json, or give "
-                f"--{name.replace('_', '-')}"
-            )
 
 
 def sampling_of(config: GenerationConfig) -> Sampling:

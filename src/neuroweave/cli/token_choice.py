@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
+
+LARGEST = torch.finfo(torch.float32).max
 
 # transformers' other ways to change which tokens are chosen, and the value at which they do nothing
 NOT_DONE = {
@@ -22,6 +25,32 @@ def refuse_unknown(config: GenerationConfig, way_out: str) -> None:
     for name, neutral in NOT_DONE.items():
         if (value := getattr(config, name, neutral)) not in (None, neutral):
             raise ValueError(f"generation_config.json: {name} is {value}, which is not followed here; {way_out}")
+
+
+# name: (numbers that float32 has and that mean something, in words)
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "repetition_penalty": (lambda x: x > 0, "a number above 0"),
+    "temperature": (lambda x: x > 0, "a number above 0"),
+    "top_k": (lambda x: x >= 0 and x == int(x), "a whole number, 0 or more"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+}
+
+
+def check_sampling(config: GenerationConfig) -> None:
+    """Raise ValueError, naming the setting, for one that transformers would refuse to choose tokens by."""
+    if config.do_sample not in (None, True, False):
+        raise ValueError(f"generation_config.json: do_sample is {config.do_sample!r}; true or false was expected")
+    for name, (fits, words) in LIMITS.items():
+        value = getattr(config, name, None)
+        if value is None or (name != "repetition_penalty" and not config.do_sample):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) <= LARGEST or not fits(value):
+            raise ValueError(
+                f"{name} is {value!r}, and {words} was expected; mend generation_config.json, or give "
+                f"--{name.replace('_', '-')}"
+            )
 
 
 def settings_with_defaults(config: GenerationConfig) -> dict[str, Any]:

@@ -36,6 +36,14 @@ def library(source: str) -> ctypes.CDLL:
     return built(source)
 
 
+def available() -> bool:
+    """Whether there is a compiler to try."""
+    try:
+        return os.environ.get(SWITCH) != "0" and bool(find_compiler())
+    except NativeUnavailableError:
+        return False
+
+
 @functools.lru_cache(maxsize=64)
 def built(source: str) -> ctypes.CDLL:
     compiler = find_compiler()

@@ -29,6 +29,7 @@ from neuroweave.text.tokens import NamedText, token_ids_sha256
 from neuroweave.training import agreement
 from neuroweave.training.choice_log import CHOICES_FILE, ChoiceLog
 from neuroweave.training.distillation_loop import KL, Blend, FindHead, HealingTrainer, Objective, Windows, predictor
+from neuroweave.training.fused_mlps import fuse_mlps
 from neuroweave.training.healing_inputs import Split, check_pair, check_tokenizers, split_windows
 from neuroweave.training.healing_work import Work, job_of
 from neuroweave.training.metrics import MetricsFile
@@ -203,13 +204,14 @@ class Heal:
         weights = 4 * self.student.num_parameters()
         checkpoint = 8 * chosen.count + (4 * chosen.count if options.train == "lora" else weights)
         check_free_space(self.work.folder, 3 * checkpoint + weights)  # best, last and next one, and the output
+        precision = choose_precision(options.precision, self.device)
         windows = Windows(self.split.training, seed=options.seed)
         processes = agreement.processes()
         rows = self.steps * options.batch * options.accumulate * processes
         main = agreement.is_first()
         trainer = HealingTrainer(
             chosen.model,
-            self.arguments(),
+            self.arguments(precision),
             RowDataset(windows, rows),
             RowDataset(Windows(self.split.held_out), len(self.split.held_out)),
             student=student,
@@ -234,7 +236,9 @@ class Heal:
         trainer.state.max_steps = self.steps
         if "kl_before" not in self.work.known:
             self.work.tell(kl_before=trainer.evaluate()[KL])
+        fused = fuse_mlps(chosen.model, device=self.device, precision=precision)
         trainer.train(resume_from_checkpoint=True)
+        fused()
         before, state = self.work.known["kl_before"], trainer.state
         self.student = chosen.finish()
         if trainer.use_cache is not None:
@@ -261,7 +265,7 @@ class Heal:
             time.perf_counter() - began,
         )
 
-    def arguments(self) -> TrainingArguments:
+    def arguments(self, precision: torch.dtype) -> TrainingArguments:
         options = self.options
         every = min(self.steps, options.evaluate_every or max(1, self.steps // 8))
         return TrainingArguments(
@@ -276,7 +280,7 @@ class Heal:
             weight_decay=0.0,
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
-            bf16=choose_precision(options.precision, self.device) == torch.bfloat16,
+            bf16=precision == torch.bfloat16,
             use_cpu=self.device == "cpu",
             seed=options.seed,
             dataloader_pin_memory=self.device == "cuda",

@@ -26,6 +26,7 @@ from neuroweave.training import agreement
 from neuroweave.training.arguments import training_arguments
 from neuroweave.training.choice_log import ChoiceLog
 from neuroweave.training.configuration import TrainConfiguration
+from neuroweave.training.fused_mlps import fuse_mlps
 from neuroweave.training.metrics import MetricsFile, check_trackers
 from neuroweave.training.model_to_train import (
     build_model,
@@ -94,7 +95,9 @@ def train(
         keep=configuration.output.keep,
         note=note if main else None,
     )
+    fused = fuse_mlps(prepared.model, device=plan.device, precision=getattr(torch, plan.precision))
     trainer.train(resume_from_checkpoint=True if resume is not False else None)
+    fused()
     result = TrainResult.of_run(str(run), plan, time.perf_counter() - began, main=main)
     write_model(trainer, prepared, result)
     return result
