@@ -1,0 +1,77 @@
+"""Caches of transformers whose rows are texts of different lengths: rows join, leave, and end at the same column.
+
+A shorter text is filled up on the left, where the attention mask is 0. A layer that keeps a window keeps the window's
+last columns; the states of convolutions have no columns to fill. Letters: B rows, H heads, T columns, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+
+def join(cache: DynamicCache, new: DynamicCache) -> None:
+    """Put the rows of `new` after those of `cache`. Raises ValueError for a kind of layer that is not known here."""
+    check_layers(cache)
+    columns = max(cache.get_seq_length(), new.get_seq_length())
+    for ours, theirs in zip(cache.layers, new.layers, strict=True):
+        mine: Any = ours
+        other: Any = theirs
+        if isinstance(mine, LinearAttentionCacheLayerMixin):
+            for states in ("conv_states", "recurrent_states"):
+                kept = getattr(mine, states)
+                for index, state in getattr(other, states).items():
+                    if state is not None:
+                        kept[index] = torch.cat((kept[index], state))
+        if isinstance(mine, DynamicLayer) and mine.is_initialized:
+            held = columns
+            if isinstance(mine, DynamicSlidingWindowLayer):
+                mine.cumulative_length = columns
+                held = min(columns, mine.sliding_window - 1)
+            mine.keys, mine.values = (
+                torch.cat((filled(a, held), filled(b, held)))
+                for a, b in ((mine.keys, other.keys), (mine.values, other.values))
+            )
+
+
+def keep(cache: DynamicCache, rows: Sequence[int], *, drop: int) -> None:
+    """Keep these rows alone, without the first `drop` columns, which are filling in all of them."""
+    index = torch.tensor(list(rows), dtype=torch.long)
+    for layer in cache.layers:
+        each: Any = layer
+        if isinstance(each, LinearAttentionCacheLayerMixin):
+            for states in (each.conv_states, each.recurrent_states):
+                for number, state in states.items():
+                    if state is not None:
+                        states[number] = state[index.to(state.device)]
+        if isinstance(each, DynamicLayer) and each.is_initialized:
+            keys: Any = each.keys
+            held = keys.shape[-2] - drop
+            if isinstance(each, DynamicSlidingWindowLayer):
+                each.cumulative_length -= drop
+                held = min(each.cumulative_length, each.sliding_window - 1)
+            values: Any = each.values
+            first, place = keys.shape[-2] - held, index.to(keys.device)
+            each.keys, each.values = (kept[place][..., first:, :].contiguous() for kept in (keys, values))
+
+
+def filled(states_BHTD: Any, columns: int) -> Tensor:
+    return pad(states_BHTD, (0, 0, columns - states_BHTD.shape[-2], 0))
+
+
+def check_layers(cache: DynamicCache) -> None:
+    """Raise ValueError for a cache that holds more than is known here."""
+    for layer in cache.layers:
+        known = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if not known and not isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise ValueError(f"texts of different lengths cannot share a {type(layer).__name__}")

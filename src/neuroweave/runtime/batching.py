@@ -1,0 +1,283 @@
+"""Many texts continued at once: a thread that runs the model over all of them together, a token each at a time.
+
+New texts are read in pieces, between the steps of those that are being written, so nobody waits for a long prompt.
+A text that ends or is cancelled leaves its place to the next in line. Letters: B rows, T columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from neuroweave.runtime.batch_cache import check_layers, join, keep
+
+PIECE = 256  # tokens of a prompt that are read between two steps
+AGREES = 1e-3  # of the spread of the logits: how far a row of a batch may be from the same text alone, in float32
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text. `logprob`: of the model's own distribution. `likeliest`: (token, logprob) of the best few.
+    `last`: why the text ends with it: "stop", "length"; None: it goes on."""
+
+    id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+    last: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A text to continue. `choose`: (the text so far, logits [V]) -> the next token. `tell`: gets every Token, or the
+    exception that ended the text; called from the batcher's thread. `likeliest`: how many of the best are told."""
+
+    ids: list[int]
+    new_tokens: int
+    ends: frozenset[int]
+    choose: Callable[[list[int], Tensor], int]
+    tell: Callable[[Token | Exception], object]
+    likeliest: int = 0
+    cancelled: bool = False
+    written: int = 0
+    read: int = 0
+    cache: DynamicCache | None = None
+
+    def cancel(self) -> None:
+        """Its place is given away before the next step; nothing more is told."""
+        self.cancelled = True
+
+
+@dataclass(eq=False)
+class Batch:
+    """The texts that are being written: row i of the cache is `jobs[i]`, whose last token is not in the cache yet."""
+
+    jobs: list[Job] = field(default_factory=list)
+    cache: DynamicCache | None = None
+
+    def lengths(self) -> list[int]:
+        return [len(job.ids) - 1 for job in self.jobs]
+
+
+class Batcher:
+    """A model and the thread that runs it. `slots`: how many texts are written together; `why_single`: why it is one
+    for a model whose texts cannot be."""
+
+    def __init__(self, model: Any, *, slots: int = 8, source: str = "the model") -> None:
+        self.model, self.source, self.why_single = model, source, ""
+        self.slots = slots
+        if slots > 1:
+            self.why_single = why_not_together(model)
+            self.slots = 1 if self.why_single else slots
+        self.waiting: deque[Job] = deque()
+        self.reading: Job | None = None
+        self.batch = Batch()
+        self.errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self.wake = threading.Condition()
+        self.closing = False
+        self.thread = threading.Thread(target=self._serve, name=f"batcher of {source}", daemon=True)
+        self.thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Raises ValueError for an empty text."""
+        if not job.ids:
+            raise ValueError(f"there is no token for {self.source} to continue")
+        with self.wake:
+            self.waiting.append(job)
+            self.wake.notify()
+
+    def run(self, function: Callable[[], Any]) -> Future[Any]:
+        """Call something that uses the model, on the batcher's thread, between two steps."""
+        future: Future[Any] = Future()
+        with self.wake:
+            self.errands.append((function, future))
+            self.wake.notify()
+        return future
+
+    def load(self) -> tuple[int, int]:
+        """(texts being written or read, texts that wait)"""
+        return len(self.batch.jobs) + (self.reading is not None), len(self.waiting)
+
+    def close(self) -> None:
+        """End the thread; texts that are not finished are told so."""
+        with self.wake:
+            self.closing = True
+            self.wake.notify()
+        self.thread.join()
+
+    # ------------------------------------------------------------------------------------------------- the thread
+
+    def _serve(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self.wake:
+                    self.wake.wait_for(lambda: self.closing or self.waiting or self.errands or self._busy())
+                    if self.closing:
+                        break
+                    errands = list(self.errands)
+                    self.errands.clear()
+                for function, future in errands:
+                    fulfil(future, function)
+                self._leave([job for job in self.batch.jobs if job.cancelled])
+                self._read_a_piece()
+                if self.batch.jobs:
+                    self._step()
+        for job in [*self.batch.jobs, *([self.reading] if self.reading else []), *self.waiting]:
+            job.tell(RuntimeError("the server is shutting down"))
+
+    def _busy(self) -> bool:
+        return bool(self.batch.jobs) or self.reading is not None
+
+    def _read_a_piece(self) -> None:
+        if self.reading is None:
+            with self.wake:
+                while self.waiting and self.waiting[0].cancelled:
+                    self.waiting.popleft()
+                if self.waiting and len(self.batch.jobs) < self.slots:
+                    self.reading = self.waiting.popleft()
+        job = self.reading
+        if job is None:
+            return
+        if job.cancelled:
+            self.reading = None
+            return
+        try:
+            if job.cache is None:
+                job.cache = DynamicCache(config=self.model.config)
+            piece = job.ids[job.read : job.read + PIECE]
+            logits = self._forward([piece], job.cache, [job.read], None)
+            job.read += len(piece)
+            if job.read < len(job.ids):
+                return
+            self.reading = None
+            if self._choose(job, logits[0]):
+                self._join(job)
+        except Exception as error:  # of this text alone; the others go on
+            self.reading = None
+            job.tell(error)
+
+    def _join(self, job: Job) -> None:
+        new, job.cache = job.cache, None
+        assert new is not None
+        if self.batch.cache is None:
+            self.batch.cache = new
+        else:
+            join(self.batch.cache, new)
+        self.batch.jobs.append(job)
+
+    def _step(self) -> None:
+        batch = self.batch
+        lengths = batch.lengths()
+        try:
+            mask = mask_of(lengths) if len(set(lengths)) > 1 else None
+            logits = self._forward([job.ids[-1:] for job in batch.jobs], batch.cache, lengths, mask)
+        except Exception as error:
+            for job in batch.jobs:
+                job.tell(error)
+            self.batch = Batch()
+            return
+        ended = []
+        for row, job in enumerate(batch.jobs):
+            try:
+                if not self._choose(job, logits[row]):
+                    ended.append(job)
+            except Exception as error:
+                job.tell(error)
+                ended.append(job)
+        self._leave(ended)
+
+    def _forward(self, tokens: list[list[int]], cache: Any, seen: list[int], mask: Tensor | None) -> Tensor:
+        """Logits [B, V] in float32 after the last of `tokens`, which follow the `seen` ones."""
+        device = self.model.device
+        ids = torch.tensor(tokens, device=device)
+        positions = torch.tensor(seen, device=device)[:, None] + torch.arange(ids.shape[1], device=device)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float().cpu()
+
+    def _choose(self, job: Job, logits: Tensor) -> bool:
+        """Write the next token; whether the text goes on."""
+        token = job.choose(job.ids, logits)
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(job.likeliest) if job.likeliest else None
+        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
+        job.ids.append(token)
+        job.written += 1
+        last = "stop" if token in job.ends else "length" if job.written >= job.new_tokens else None
+        if not job.cancelled:
+            job.tell(Token(token, float(logprobs[token]), likeliest, last))
+        return last is None
+
+    def _leave(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        rows = [row for row, job in enumerate(self.batch.jobs) if job not in jobs]
+        kept = [self.batch.jobs[row] for row in rows]
+        if not kept:
+            self.batch = Batch()
+            return
+        cache = self.batch.cache
+        assert cache is not None
+        self.batch = Batch(kept, cache)
+        keep(cache, rows, drop=cache.get_seq_length() - max(self.batch.lengths()))
+
+
+def mask_of(lengths: Sequence[int]) -> Tensor:
+    """[B, T + 1]: 1 where a row has a token, the one that is read now included; rows end together."""
+    columns = torch.arange(max(lengths) + 1)
+    return (columns[None] >= max(lengths) - torch.tensor(list(lengths))[:, None]).long()
+
+
+def fulfil(future: Future[Any], function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+
+
+@torch.inference_mode()
+def why_not_together(model: Any) -> str:
+    """Why texts of different lengths do not give this model's own logits when they are in one batch; "" if they do."""
+    texts = [[3, 5, 7, 4, 6, 8, 5], [4, 6, 3]]
+    try:
+        caches = [DynamicCache(config=model.config) for _ in texts]
+        check_layers(caches[0])
+        alone = []
+        for text, cache in zip(texts, caches, strict=True):
+            device = model.device
+            model(input_ids=torch.tensor([text[:-1]], device=device), past_key_values=cache, use_cache=True)
+            alone.append(model(input_ids=torch.tensor([text], device=device)).logits[0, -1].float())
+        lengths = [len(text) - 1 for text in texts]
+        join(caches[0], caches[1])
+        together = (
+            model(
+                input_ids=torch.tensor([[text[-1]] for text in texts], device=model.device),
+                attention_mask=mask_of(lengths).to(model.device),
+                position_ids=torch.tensor(lengths, device=model.device)[:, None],
+                past_key_values=caches[0],
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
+    except Exception as error:  # whatever a model that is built otherwise says to this
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    wanted = torch.stack(alone)
+    limit = AGREES if model.dtype in (torch.float32, torch.float64) else 5e-2
+    off = float((together - wanted).abs().max() / wanted.std().clamp_min(1e-12))
+    return "" if off <= limit else f"a text in a batch gives other logits than alone ({off:.2g} of their spread)"
