@@ -18,9 +18,9 @@ from neuroweave.cli import compare as compare_cli
 from neuroweave.cli.main import main
 from neuroweave.diagnose import Comparison, Ledger, compare, preflight
 from neuroweave.diagnose.bootstrap import LEAST_UNITS
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.probes import prediction, tasks
 from neuroweave.diagnose.report import verdict
+from neuroweave.text.sample import draw_sample
 
 QUICK = ["--window", "32", "--tokens", "300", "--no-speed", "--no-gradients", "--no-sampling", "--no-weights"]
 

@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from neuroweave.cli.generate import in_use
 from neuroweave.cli.main import main
-from neuroweave.cli.streaming import Stream, Writer, reads_ahead
+from neuroweave.runtime.writing import Stream, Writer, reads_ahead
 from neuroweave.text import documents
 
 VOCABULARY = 400

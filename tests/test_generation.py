@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from neuroweave.diagnose.passages import encode
 from neuroweave.diagnose.probes import generation
 from neuroweave.diagnose.probes.generation import (
     Written,
@@ -28,6 +27,7 @@ from neuroweave.diagnose.probes.generation import (
 )
 from neuroweave.diagnose.results.plan import Plan, SamplingPlan
 from neuroweave.diagnose.subject import Subject, at_rest
+from neuroweave.text.sample import encode
 
 PROMPTS = ("w1 w2 w3", "w50 w7 w8 w9 w10 w11 w12", "w5")
 PLAN = Plan(prompts=PROMPTS, new_tokens=7)

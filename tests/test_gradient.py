@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroweave.diagnose.bootstrap import Bootstrap
-from neuroweave.diagnose.passages import Window
 from neuroweave.diagnose.probes import backward
 from neuroweave.diagnose.probes.anatomy import find_anatomy
 from neuroweave.diagnose.probes.backward import gradient_norm
@@ -30,6 +29,7 @@ from neuroweave.diagnose.probes.gradient import (
 from neuroweave.diagnose.probes.head import OutputHead
 from neuroweave.diagnose.results.plan import GradientPlan
 from neuroweave.surgery import patch
+from neuroweave.text.sample import Window
 
 PLAN = GradientPlan(windows=4, tokens=20)
 SETTINGS = {"resamples": 200, "seed": 0}

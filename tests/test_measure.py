@@ -17,10 +17,10 @@ from tiny_llama import QUICK, WITHOUT_SPEED, Text, changed, subject, texts, tiny
 
 from neuroweave.diagnose import Ledger, Plan, SpeedPlan, Subject, compare, experiment
 from neuroweave.diagnose.experiment import compare_one_by_one
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.probes import head, prediction
 from neuroweave.diagnose.probes.speed import measure_speed, median_interval
 from neuroweave.diagnose.subject import at_rest
+from neuroweave.text.sample import draw_sample
 
 
 def without_time(comparison):

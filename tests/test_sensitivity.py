@@ -17,13 +17,13 @@ from tiny_llama import texts, tiny_model, tiny_tokenizer
 from neuroweave.checkpoint import loading
 from neuroweave.cli.main import main
 from neuroweave.cli.sensitivity import check_result
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.report import frontier as report
 from neuroweave.diagnose.results.records import Estimate
 from neuroweave.diagnose.results.sweep import Outcome, Point, Sensitivity
 from neuroweave.diagnose.variants import rank_layers, variant_plan
 from neuroweave.surgery.patching import patch
 from neuroweave.text import read_documents
+from neuroweave.text.sample import draw_sample
 
 QUICK = ("--tokens", "300", "--window", "32")
 PLAN = variant_plan(tokens=300, window=32)

@@ -12,11 +12,11 @@ from tiny_llama import WORDS, Text, subject, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from neuroweave.diagnose.passages import Sample, draw_sample
 from neuroweave.diagnose.probes import stored
 from neuroweave.diagnose.probes.prediction import LiveReader
 from neuroweave.diagnose.probes.stored import StoredReader, store
 from neuroweave.diagnose.subject import at_rest
+from neuroweave.text.sample import Sample, draw_sample
 
 SMALL = {
     "vocab_size": 123, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

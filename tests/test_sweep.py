@@ -22,7 +22,6 @@ from neuroweave.checkpoint import loading
 from neuroweave.cli.main import main
 from neuroweave.cli.sweep import Change, Fusions, merged_recipe, parse_vary
 from neuroweave.diagnose import Ledger, Subject, variants
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.report import frontier as report
 from neuroweave.diagnose.results.sweep import BASE, Heading, ModelUsed, Point, PointsFile
 from neuroweave.diagnose.variants import (
@@ -41,6 +40,7 @@ from neuroweave.surgery.fusion.plan import FuseOptions
 from neuroweave.surgery.neurons.bank import default_bank_path
 from neuroweave.surgery.patching import patch
 from neuroweave.surgery.recipe import Recipe
+from neuroweave.text.sample import draw_sample
 
 QUICK = ("--tokens", "300", "--window", "32")
 PLAN = variant_plan(tokens=300, window=32, resamples=200)

@@ -80,10 +80,10 @@ def prepare(
     perplexity: int | None,
 ) -> tuple[list[Way], list[int], dict[tuple[str, str], float]]:  # fmt: skip
     """(the ways to run a model, the prompt, the loss of each way by model and way)."""
-    from neuroweave.cli.streaming import load_causal
     from neuroweave.diagnose.decoding_loss import decoding_loss, prose_windows
     from neuroweave.diagnose.speed import BASELINE, COMPILED, UNCACHED, runtime_way, transformers_way
     from neuroweave.runtime.lowering import UnsupportedModelError
+    from neuroweave.runtime.writing import load_causal
 
     model, tokenizer, _ = load_causal(source, "float32", "cpu")
     names = [UNCACHED] * uncached + [BASELINE] + [COMPILED] * compiled

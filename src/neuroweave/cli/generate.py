@@ -18,7 +18,7 @@ from neuroweave.cli.console import json_option, note, print_json, require_jax
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from neuroweave.cli.streaming import Continuation, Writer
+    from neuroweave.runtime.writing import Continuation, Writer
 
 SEEDS = 2**32
 
@@ -111,15 +111,15 @@ def loader_of(backend: str, *, fast: bool, weights: str | None, sparse: float | 
     if fast and backend != "torch":
         raise ValueError(f"--fast and --backend {backend} are two ways to make tokens; give one of them")
     if fast:
-        from neuroweave.cli.fast_writing import FastWriter
+        from neuroweave.runtime.fast_writing import FastWriter
 
         return functools.partial(FastWriter.load, weights=weights or "float32", sparse=sparse)
     if backend == "torch":
-        from neuroweave.cli.streaming import Writer
+        from neuroweave.runtime.writing import Writer
 
         return Writer.load
     require_jax()
-    from neuroweave.cli.jax_writing import JaxWriter
+    from neuroweave.runtime.jax_writing import JaxWriter
 
     return JaxWriter.load
 

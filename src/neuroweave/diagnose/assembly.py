@@ -10,7 +10,6 @@ import numpy as np
 
 from neuroweave.activations.neuron_choices import NeuronChoices
 from neuroweave.diagnose.bootstrap import FEWEST_UNITS, LEAST_UNITS, Bootstrap
-from neuroweave.diagnose.passages import Sample
 from neuroweave.diagnose.probes.anatomy import layers_and_families
 from neuroweave.diagnose.probes.generation import Written
 from neuroweave.diagnose.probes.gradient import GradientTally, gradient_difference, gradient_result
@@ -32,6 +31,7 @@ from neuroweave.diagnose.results.plan import Plan
 from neuroweave.diagnose.results.records import Estimate, Histogram
 from neuroweave.diagnose.results.weights import Weights
 from neuroweave.diagnose.subject import Profile, changed_settings
+from neuroweave.text.sample import Sample
 
 POSITION_BINS = 32
 

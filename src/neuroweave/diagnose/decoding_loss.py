@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import lower
 from neuroweave.text.documents import documents
 from neuroweave.text.passages import PASSAGE
+from neuroweave.text.sample import draw_sample
 
 WINDOW = 256
 

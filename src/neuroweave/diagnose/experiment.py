@@ -16,7 +16,6 @@ from neuroweave.diagnose.assembly import Findings, describe_limits, describe_mod
 from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.ledger import Ledger
-from neuroweave.diagnose.passages import Sample, draw_sample
 from neuroweave.diagnose.probes.generation import Written, check_prompts, join_written, write_all
 from neuroweave.diagnose.probes.gradient import GradientTally, measure_gradients
 from neuroweave.diagnose.probes.prediction import LiveReader, Reader, Tallies, measure_windows
@@ -31,6 +30,7 @@ from neuroweave.diagnose.results.plan import Plan
 from neuroweave.diagnose.results.weights import Weights
 from neuroweave.diagnose.subject import Profile, Subject, at_rest, check_comparable, check_vocabulary
 from neuroweave.progress import follow, progress
+from neuroweave.text.sample import Sample, draw_sample
 from neuroweave.text.tokens import NamedText
 
 KEEP_SECONDS = 15.0  # between two notes of how far the pass over the text is

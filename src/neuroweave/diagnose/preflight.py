@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from neuroweave.diagnose.passages import draw_sample, encode
 from neuroweave.diagnose.probes.generation import check_length
 from neuroweave.diagnose.probes.task_files import find_tasks
 from neuroweave.diagnose.probes.tasks import check_limit, load_tasks, require_tasks_extra
 from neuroweave.diagnose.results.plan import DEFAULT_PROMPTS, Plan, TaskPlan
 from neuroweave.diagnose.subject import Subject, check_comparable, check_vocabulary
+from neuroweave.text.sample import draw_sample, encode
 from neuroweave.text.tokens import NamedText
 
 WEIGHTS = ("*.safetensors", "*.bin")

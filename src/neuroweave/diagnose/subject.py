@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neuroweave.activations.neuron_choices import NeuronChoices, neuron_choices
-from neuroweave.diagnose.passages import Sample, encode
+from neuroweave.text.sample import Sample, encode
 from neuroweave.text.tokens import start_tokens
 
 # Config entries that say where a checkpoint came from or how it is written, not what the model computes.

@@ -23,7 +23,6 @@ from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
 from neuroweave.diagnose.environment import describe_environment
 from neuroweave.diagnose.experiment import MISTAKES, Experiment
 from neuroweave.diagnose.ledger import Ledger
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.diagnose.probes.prediction import Tallies, measure_windows
 from neuroweave.diagnose.probes.signal import SignalTally
 from neuroweave.diagnose.probes.stored import StoredReader
@@ -42,6 +41,7 @@ from neuroweave.diagnose.results.sweep import (
     change_key,
 )
 from neuroweave.diagnose.subject import Subject, at_rest
+from neuroweave.text.sample import draw_sample
 from neuroweave.text.tokens import NamedText
 
 REFERENCE_DRIFT = 1e-6  # relative; the same states through the same head give the same likelihoods to the last bit

@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from neuroweave.diagnose.passages import encode
 from neuroweave.diagnose.results.generation import Continuation, Generated
 from neuroweave.diagnose.results.plan import Plan, SamplingPlan
 from neuroweave.diagnose.results.records import Record
 from neuroweave.diagnose.subject import Subject
+from neuroweave.text.sample import encode
 
 Mode = Literal["greedy", "sampled"]
 

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import nn
 
 from neuroweave.diagnose.bootstrap import LEAST_UNITS, Bootstrap
-from neuroweave.diagnose.passages import Window
 from neuroweave.diagnose.probes.anatomy import find_anatomy, layers_and_families
 from neuroweave.diagnose.probes.backward import backward, prepared, taken_off
 from neuroweave.diagnose.probes.head import Head
@@ -20,6 +19,7 @@ from neuroweave.diagnose.probes.signal import quotient
 from neuroweave.diagnose.results.gradient import FamilyGradient, FamilyRatio, Gradient, GradientDifference
 from neuroweave.diagnose.results.plan import GradientPlan
 from neuroweave.diagnose.subject import Subject
+from neuroweave.text.sample import Window
 
 
 @dataclass(eq=False)

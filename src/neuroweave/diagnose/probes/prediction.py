@@ -15,12 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from neuroweave.diagnose.passages import Sample, Window
 from neuroweave.diagnose.probes import metrics
 from neuroweave.diagnose.probes.head import find_head, head_rows
 from neuroweave.diagnose.probes.signal import SignalTally
 from neuroweave.diagnose.probes.tallies import PairTally, Places, Tally
 from neuroweave.diagnose.subject import Subject
+from neuroweave.text.sample import Sample, Window
 
 CHUNK_ELEMENTS = 1 << 19  # of a float64 chunk of logits: 4 MiB, which a cache holds; twice as fast as 32 MiB on a CPU
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 24  # 128 MiB: few, large kernels

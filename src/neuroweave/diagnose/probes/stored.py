@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from neuroweave.checkpoint.staging import check_free_space
-from neuroweave.diagnose.passages import Sample, Window
 from neuroweave.diagnose.probes.head import Head, OutputHead, plain_projection
 from neuroweave.diagnose.probes.prediction import LiveReader, Seen
+from neuroweave.text.sample import Sample, Window
 
 _LOGITS = "logits"
 _HEAD = "head.safetensors"

@@ -19,15 +19,15 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from neuroweave.cli.streaming import Continuation, Stream, Writer, check_device, load_causal
-from neuroweave.cli.token_choice import check_sampling, refuse_unknown, settings_with_defaults
-from neuroweave.diagnose.passages import draw_sample
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import lower
 from neuroweave.runtime.operations import Program
 from neuroweave.runtime.sparsity import find_thresholds
+from neuroweave.runtime.token_choice import check_sampling, refuse_unknown, settings_with_defaults
+from neuroweave.runtime.writing import Continuation, Stream, Writer, check_device, load_causal
 from neuroweave.text.documents import documents
 from neuroweave.text.passages import PASSAGE
+from neuroweave.text.sample import draw_sample
 
 WAY_OUT = "leave --fast out"
 CALIBRATION_TOKENS = 2048

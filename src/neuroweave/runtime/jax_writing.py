@@ -18,11 +18,11 @@ from transformers import GenerationConfig
 
 from neuroweave.checkpoint.hub import local_folder
 from neuroweave.checkpoint.loading import check_source, check_weights, load_tokenizer
-from neuroweave.cli.streaming import Continuation, Stream, Writer
-from neuroweave.cli.token_choice import check_sampling, refuse_unknown, settings_with_defaults
 from neuroweave.neuroblast.jax_generation import Generator, Sampling
 from neuroweave.neuroblast.jax_modeling import Computation, NeuroBlast
 from neuroweave.neuroblast.jax_weights import describe_stored, load_params
+from neuroweave.runtime.token_choice import check_sampling, refuse_unknown, settings_with_defaults
+from neuroweave.runtime.writing import Continuation, Stream, Writer
 
 DTYPES = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from tiny_llama import Text, texts, tiny_tokenizer
 
-from neuroweave.diagnose.passages import cut_windows, draw_sample
+from neuroweave.text.sample import cut_windows, draw_sample
 from neuroweave.text.tokens import start_tokens
 
 

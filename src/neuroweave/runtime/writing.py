@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
-from neuroweave.diagnose.passages import encode
+from neuroweave.text.sample import encode
 
 
 class Stream(TextStreamer):
