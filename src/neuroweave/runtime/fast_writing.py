@@ -9,21 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, set_seed
-from transformers.generation import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, set_seed
 
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import lower
 from neuroweave.runtime.operations import Program
+from neuroweave.runtime.sparse_mlps import sparsify
 from neuroweave.runtime.sparsity import find_thresholds
-from neuroweave.runtime.token_choice import check_sampling, refuse_unknown, settings_with_defaults
+from neuroweave.runtime.token_choice import check_sampling, chooser, refuse_unknown
 from neuroweave.runtime.writing import Continuation, Stream, Writer, check_device, load_causal
 from neuroweave.text.documents import documents
 from neuroweave.text.passages import PASSAGE
@@ -51,7 +44,7 @@ class FastWriter(Writer):
         weights: str = "float32", sparse: float | None = None,
     ) -> Writer:  # fmt: skip
         """`weights`: the format of matrices. `sparse`: the share of the MLPs' neurons that are skipped. On a GPU:
-        transformers with a static cache, which it compiles.
+        transformers with a static cache, which it compiles, and `sparse_mlps`. That has not been run.
 
         Raises ValueError for a model that the runtime has no program for, and for what it does not do.
         """
@@ -59,10 +52,13 @@ class FastWriter(Writer):
             raise ValueError(f"--assistant is not for the fast runtime; {WAY_OUT}")
         check_device(device)
         if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-            if weights != "float32" or sparse is not None:
-                raise ValueError("--weights and --sparse are for CPUs; leave them out, or give --device cpu")
+            if weights != "float32":
+                raise ValueError("--weights is for CPUs; leave it out, or give --device cpu")
             model, tokenizer, how = load_causal(source, dtype, device)
-            return Writer(source, model, tokenizer, f"{how}, static cache", {"cache_implementation": "static"})
+            thresholds, told = skipped_neurons(model, tokenizer, sparse)
+            if thresholds and (left := sparsify(model, thresholds).left):
+                told += f", {len(left)} of which run dense: {next(iter(left.values()))}"
+            return Writer(source, model, tokenizer, f"{how}, static cache{told}", {"cache_implementation": "static"})
         if device not in ("auto", "cpu"):
             raise ValueError(f"--device {device}: the fast runtime is for cpu and cuda; {WAY_OUT}")
         if dtype not in ("auto", "float32"):
@@ -84,7 +80,7 @@ class FastWriter(Writer):
         refuse_unknown(config, WAY_OUT)
         check_sampling(config)
         engine = Engine(self.model.program, positions=len(ids) + config.max_new_tokens)
-        choose = chooser(config)
+        choose = chooser(config, self.source)
         stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])
         stream.put(torch.tensor([list(ids)]))
         stream.started = time.perf_counter()
@@ -92,7 +88,7 @@ class FastWriter(Writer):
         text = list(ids)
         logits = engine.read_prompt(text)
         while True:
-            text.append(choose(text, logits, self.source))
+            text.append(choose(text, logits))
             stream.put(torch.tensor([text[-1]]))
             if text[-1] in ends or len(text) == len(ids) + config.max_new_tokens:
                 break
@@ -110,33 +106,3 @@ def skipped_neurons(model: Any, tokenizer: Any, share: float | None) -> tuple[di
     found = find_thresholds(model, [window.token_ids for window in windows], share)
     kept = found.worth_it()
     return kept, f", {found.mean_share:.0%} of the neurons skipped, in {len(kept)} of {len(found.shares)} layers"
-
-
-def chooser(config: GenerationConfig) -> Callable[[list[int], Tensor, str], int]:
-    """The next token of (the text so far, logits [V], whose they are), chosen as transformers' `generate` chooses."""
-    settings = settings_with_defaults(config)
-    change: list[LogitsProcessor] = []
-    if settings["repetition_penalty"] != 1.0:
-        change.append(RepetitionPenaltyLogitsProcessor(penalty=settings["repetition_penalty"]))
-    if config.do_sample:
-        change += [TemperatureLogitsWarper(float(settings["temperature"]))] if settings["temperature"] != 1.0 else []
-        change += [TopKLogitsWarper(settings["top_k"])] if settings["top_k"] else []
-        change += [TopPLogitsWarper(settings["top_p"])] if settings["top_p"] < 1.0 else []
-        change += [MinPLogitsWarper(settings["min_p"])] if settings["min_p"] else []
-    every = LogitsProcessorList(change)
-
-    def choose(text: list[int], logits: Tensor, source: str) -> int:
-        scores: Any = logits[None]
-        if change:
-            scores = every(torch.tensor([text]), scores.clone())  # type: ignore[arg-type]
-        if not config.do_sample:
-            token = int(scores.argmax())
-            if torch.isfinite(scores[0, token]):
-                return token
-        elif torch.isfinite(scores.amax()):
-            return int(torch.multinomial(scores.softmax(-1), 1))
-        raise ValueError(
-            f"{source}: its logits are not numbers, so no token can be drawn; neuroweave verify looks at the weights"
-        )
-
-    return choose

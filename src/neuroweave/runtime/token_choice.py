@@ -1,4 +1,4 @@
-"""Which of transformers' generation settings a loop of our own follows, and which it refuses."""
+"""The next token, as transformers would choose it: which settings are followed here, and which are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -63,3 +72,39 @@ def settings_with_defaults(config: GenerationConfig) -> dict[str, Any]:
     return found | {
         name: default if getattr(config, name) is None else getattr(config, name) for name, default in defaults
     }
+
+
+def chooser(
+    config: GenerationConfig, source: str, *, generator: torch.Generator | None = None
+) -> Callable[[list[int], Tensor], int]:
+    """The next token of (the text so far, logits [V]), chosen as transformers' `generate` chooses.
+
+    Draws come from `generator`, or else from torch's own. Raises ValueError, naming `source`, for logits that are not
+    numbers.
+    """
+    settings = settings_with_defaults(config)
+    change: list[LogitsProcessor] = []
+    if settings["repetition_penalty"] != 1.0:
+        change.append(RepetitionPenaltyLogitsProcessor(penalty=settings["repetition_penalty"]))
+    if config.do_sample:
+        change += [TemperatureLogitsWarper(float(settings["temperature"]))] if settings["temperature"] != 1.0 else []
+        change += [TopKLogitsWarper(settings["top_k"])] if settings["top_k"] else []
+        change += [TopPLogitsWarper(settings["top_p"])] if settings["top_p"] < 1.0 else []
+        change += [MinPLogitsWarper(settings["min_p"])] if settings["min_p"] else []
+    every = LogitsProcessorList(change)
+
+    def choose(text: list[int], logits: Tensor) -> int:
+        scores: Any = logits[None]
+        if change:
+            scores = every(torch.tensor([text]), scores.clone())  # type: ignore[arg-type]
+        if not config.do_sample:
+            token = int(scores.argmax())
+            if torch.isfinite(scores[0, token]):
+                return token
+        elif torch.isfinite(scores.amax()):
+            return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+        raise ValueError(
+            f"{source}: its logits are not numbers, so no token can be drawn; neuroweave verify looks at the weights"
+        )
+
+    return choose

@@ -1,0 +1,148 @@
+"""`neuroweave serve`: an OpenAI-compatible server of a model, and of its original beside it, with a page to chat at."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import click
+
+from neuroweave.cli.console import found, note
+
+if TYPE_CHECKING:
+    from neuroweave.chat.served import Served
+
+KEY_VARIABLE = "NEUROWEAVE_API_KEY"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
+
+
+@click.command(
+    "serve",
+    help=f"""Serve MODEL, patched or not, to OpenAI's clients, and a page to chat at.
+
+    \b
+    neuroweave serve MODEL                     # http://127.0.0.1:8000
+    neuroweave serve MODEL --against BASE      # both, side by side
+    {KEY_VARIABLE}=... neuroweave serve MODEL --host 0.0.0.0
+
+    Requests are answered together, a token each at a time. /v1/models, /v1/chat/completions and /v1/completions are
+    there. Other addresses than loopback want an API key.""",
+)
+@click.argument("model")
+@click.option("--against", metavar="BASE", help="Another model beside it, such as the original.")
+@click.option("--name", metavar="NAME", help="What clients call MODEL by.  [default: the folder's name]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option(
+    "--api-key", metavar="KEY", envvar=KEY_VARIABLE, help=f"What clients have to know; better in {KEY_VARIABLE}."
+)
+@click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Texts written together.")
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=64, show_default=True, help="Answered or waiting at once."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of one answer, at most."
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
+def command(
+    model: str, against: str | None, name: str | None, host: str, port: int, api_key: str | None, slots: int,
+    requests: int, new_tokens: int, dtype: str, device: str,
+) -> None:  # fmt: skip
+    require_server()
+    loopback = is_loopback(host)
+    if not loopback and not api_key:
+        raise ValueError(f"--host {host} can be reached by others; set {KEY_VARIABLE}, or listen at 127.0.0.1")
+    if api_key is not None and not (api_key.isascii() and api_key.strip()):
+        raise ValueError("the API key has to be ASCII characters, and not empty")
+    listening = listen(host, port)
+    try:
+        served = [load(model, name, "model", slots, dtype, device)]
+        if against is not None:
+            served.append(load(against, None, "original", slots, dtype, device, taken=served[0].name))
+        run(served, listening, host, api_key, loopback, requests, new_tokens)
+    finally:
+        listening.close()
+
+
+def require_server() -> None:
+    if missing := [name for name in PACKAGES if not found(name)]:
+        raise ValueError(f"serve needs {', '.join(missing)}, which is not installed; pip install 'neuroweave[serve]'")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before a model is loaded for it. Raises ValueError for an address that cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host}: no such address ({error.strerror})") from error
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise ValueError(
+            f"{host}:{port} cannot be listened at ({error.strerror}); is another server running? give --port another"
+        ) from error
+    return listening
+
+
+def load(
+    source: str, name: str | None, role: str, slots: int, dtype: str, device: str, *, taken: str | None = None
+) -> Served:
+    from neuroweave.chat.served import Served
+    from neuroweave.runtime.batching import Batcher
+    from neuroweave.runtime.writing import Writer
+
+    writer = Writer.load(source, dtype=dtype, device=device)
+    name = name or os.path.basename(os.path.normpath(source)) or source
+    name = f"{name}-{role}" if name == taken else name
+    batcher = Batcher(writer.model, slots=slots, source=source)
+    note(f"{name}: {writer.how}, {batcher.slots} texts together")
+    if batcher.why_single:
+        note(f"{name}: one text at a time ({batcher.why_single})")
+    return Served(name, writer, batcher, role)
+
+
+def run(
+    served: list[Served], listening: socket.socket, host: str, api_key: str | None, loopback: bool, requests: int,
+    new_tokens: int,
+) -> None:  # fmt: skip
+    import uvicorn
+
+    from neuroweave.chat.guard import Limits
+    from neuroweave.chat.server import application
+
+    port = listening.getsockname()[1]
+    names = {*LOOPBACK_NAMES, host} if loopback else None
+    app = application(
+        served,
+        limits=Limits(requests=requests, new_tokens=new_tokens),
+        api_key=api_key,
+        hosts=frozenset(names) if names else None,
+    )
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_keep_alive=15, timeout_graceful_shutdown=3,
+        h11_max_incomplete_event_size=1 << 16,
+    )  # fmt: skip
+    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    note(f"http://{shown}:{port} is ready; Ctrl-C ends it")
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for each in served:
+            each.batcher.close()
