@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import json_option, note, print_json, require_jax
+from neuroweave.cli.console import json_option, note, print_json
+from neuroweave.cli.writing_options import SEEDS, decoding, loader_of, writing_options
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from neuroweave.runtime.writing import Continuation, Writer
-
-SEEDS = 2**32
+    from neuroweave.runtime.writing import Continuation
 
 
 @click.command(
@@ -40,35 +37,12 @@ SEEDS = 2**32
 @click.option("--file", metavar="FILE", type=click.Path(path_type=Path), help="A UTF-8 file to continue.")
 @click.option("--chat/--raw", default=None, help="With or without the chat template.  [default: with it, if any]")
 @click.option("--system", metavar="TEXT", help="The system message of the chat.")
-@click.option("--new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="At most so many.")
-@click.option("--greedy", is_flag=True, help="Always the likeliest token.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0 means --greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), help="Sample from the K likeliest; 0 means all.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share of probability.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Sample what has this share of the likeliest's probability.")
-@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: repeat less.")
-@click.option("--seed", type=click.IntRange(0, SEEDS - 1), help="The same again.  [default: another each time]")
+@writing_options
 @click.option("--prompt-lookup", type=click.IntRange(min=1), metavar="N", help="Draft N tokens from the text itself.")
 @click.option("--assistant", metavar="MODEL", help="A smaller model that drafts for this one.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
-@click.option(
     "--backend", type=click.Choice(["torch", "jax"]), default="torch", show_default=True, help="jax: NeuroBLAST models."
 )
-@click.option("--fast", is_flag=True, help="Llama and its kin, NeuroBLAST: compiled for this CPU; the same tokens.")
-@click.option(
-    "--weights",
-    type=click.Choice(["float32", "int8", "int4"]),
-    help="With --fast: round the weights; faster, less exact.",
-)
-@click.option(
-    "--sparse",
-    type=click.FloatRange(0, 1, max_open=True),
-    metavar="SHARE",
-    help="With --fast: skip this share of MLP neurons, those that add least; 0: those that are exactly zero.",
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 @click.option("--stats", is_flag=True, help="One line on stderr at the end: tokens and tokens per second.")
 @click.option("--verbose", is_flag=True, help="Say on stderr how the model was loaded and how tokens are chosen.")
 @json_option
@@ -103,27 +77,6 @@ def command(
         note(f"the context is full: {len(ids)} tokens of prompt and {limit} new ones")
 
 
-def loader_of(backend: str, *, fast: bool, weights: str | None, sparse: float | None) -> Callable[..., Writer]:
-    """What loads a model to write with. Raises ValueError where the backend is not installed."""
-    for name, value in (("weights", weights), ("sparse", sparse)):
-        if value is not None and not fast:
-            raise ValueError(f"--{name} {value} is of the fast runtime; give --fast too")
-    if fast and backend != "torch":
-        raise ValueError(f"--fast and --backend {backend} are two ways to make tokens; give one of them")
-    if fast:
-        from neuroweave.runtime.fast_writing import FastWriter
-
-        return functools.partial(FastWriter.load, weights=weights or "float32", sparse=sparse)
-    if backend == "torch":
-        from neuroweave.runtime.writing import Writer
-
-        return Writer.load
-    require_jax()
-    from neuroweave.runtime.jax_writing import JaxWriter
-
-    return JaxWriter.load
-
-
 @contextlib.contextmanager
 def stdout(*, silent: bool) -> Iterator[Callable[[str], None]]:
     """What shows a text piece by piece, each flushed; at the end, the last line is ended."""
@@ -138,30 +91,6 @@ def stdout(*, silent: bool) -> Iterator[Callable[[str], None]]:
     yield show
     if not silent and not ended:
         click.echo()
-
-
-def decoding(
-    *, greedy: bool, prompt_lookup: int | None, repetition_penalty: float | None, **sampling: int | float | None
-) -> dict[str, Any]:
-    """What the options say to transformers' generation config; nothing where they say nothing."""
-    given = {name: value for name, value in sampling.items() if value is not None}
-    numbers = given if repetition_penalty is None else given | {"repetition_penalty": repetition_penalty}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number")
-    chosen: dict[str, Any] = {}
-    if greedy and given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"--greedy takes the likeliest token and has no use for {named}; leave one of them out")
-    if greedy or given.get("temperature") == 0:
-        chosen["do_sample"] = False
-    elif given:
-        chosen |= {"do_sample": True, **given}
-    if repetition_penalty is not None:
-        chosen["repetition_penalty"] = repetition_penalty
-    if prompt_lookup is not None:
-        chosen["prompt_lookup_num_tokens"] = prompt_lookup
-    return chosen
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

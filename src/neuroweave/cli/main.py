@@ -27,6 +27,8 @@ COMMANDS = {
     "extract-delta": ("extract_delta", "Write the delta that turns one checkpoint into another."),
     "recipe": ("recipe", "Show what was done to a model, or do it again to the same bytes."),
     "generate": ("generate", "Continue a prompt with any checkpoint, streaming to the terminal."),
+    "chat": ("chat", "Talk with a model; answers from your documents or a live search, with sources."),
+    "ask": ("ask", "One question, answered from what a search finds; --json for programs."),
     "serve": ("serve", "Serve a model to OpenAI's clients, with a page to chat at."),
     "bench": ("bench", "Measure how fast a model decodes, way by way, beside what memory allows."),
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),

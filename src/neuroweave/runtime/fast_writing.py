@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
 from neuroweave.runtime.engine import Engine
-from neuroweave.runtime.lowering import lower
+from neuroweave.runtime.lowering import UnsupportedModelError, decoder_layers, lower
 from neuroweave.runtime.operations import Program
 from neuroweave.runtime.sparse_mlps import sparsify
 from neuroweave.runtime.sparsity import find_thresholds
@@ -33,6 +33,7 @@ class LoweredModel:
     config: Any
     generation_config: GenerationConfig
     program: Program
+    size: int  # parameters of the model that it was made from
 
 
 class FastWriter(Writer):
@@ -70,7 +71,16 @@ class FastWriter(Writer):
         how = f"fast runtime on cpu, weights {weights}{told}" + (
             "" if engine.compiled else f", in PyTorch: {engine.why_not}"
         )
-        return cls(source, LoweredModel(model.config, model.generation_config, program), tokenizer, how, {})
+        return cls(
+            source,
+            LoweredModel(model.config, model.generation_config, program, model.num_parameters()),
+            tokenizer,
+            how,
+            {},
+        )
+
+    def parameters(self) -> int:
+        return self.model.size
 
     def write(
         self, ids: Sequence[int], config: GenerationConfig, *, seed: int, show: Callable[[str], object]
@@ -101,6 +111,10 @@ def skipped_neurons(model: Any, tokenizer: Any, share: float | None) -> tuple[di
     """(thresholds by layer, what to say of them), found on shipped prose."""
     if share is None:
         return {}, ""
+    try:
+        decoder_layers(model)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"--sparse is not for a {type(model).__name__}; leave it out") from error
     texts = documents("calibration")
     windows = draw_sample(texts, tokenizer, tokens=CALIBRATION_TOKENS, window=256, passage=PASSAGE).windows
     found = find_thresholds(model, [window.token_ids for window in windows], share)

@@ -128,8 +128,8 @@ class Writer:
         """How many of `new_tokens` the model has positions for. Raises ValueError where it has none."""
         if not ids:
             raise ValueError(f"the prompt holds no token for {self.source}; give it one with text in it")
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(longest, int) or longest < 1:
+        longest = self.positions()
+        if longest is None:
             return new_tokens
         if len(ids) >= longest:
             raise ValueError(
@@ -137,6 +137,15 @@ class Writer:
                 "needs one; shorten the prompt"
             )
         return min(new_tokens, longest - len(ids))
+
+    def positions(self) -> int | None:
+        """How long a text may be; None: the model does not say."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest >= 1 else None
+
+    def parameters(self) -> int:
+        """How many numbers the model has, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def settings(self, chosen: dict[str, Any], new_tokens: int, *, chat: bool) -> GenerationConfig:
         """The checkpoint's own generation config with what was chosen. A chat ends at the tokenizer's end token too."""

@@ -1,0 +1,96 @@
+"""`neuroweave chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from neuroweave.cli.chatting import chatting_options, open_session, seed_of, sources_shown, tell
+from neuroweave.cli.console import note
+from neuroweave.cli.main import one_line
+
+if TYPE_CHECKING:
+    from neuroweave.chat.session import Session, Turn
+
+HELP = "/reset forgets what was said, /sources shows the last ones, /prompt what the model read, /quit ends (or Ctrl-D)"
+
+
+@click.command(
+    "chat",
+    help="""Talk with MODEL, a checkpoint folder or a hub id, patched or not.
+
+    \b
+    neuroweave chat MODEL
+    neuroweave chat MODEL --search local:DOCS          # answers from your own documents, with sources
+    neuroweave chat MODEL --search searxng:http://localhost:8888
+    neuroweave chat MODEL --fast --weights int8
+
+    Ctrl-C stops an answer. Lines that are piped in are questions, one each. In the chat: """
+    + HELP
+    + ".",
+)
+@click.argument("model")
+@chatting_options
+def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> None:
+    session = open_session(model, **options)
+    seed = seed_of(seed)
+    if sys.stdin.isatty():
+        note(f"{session.writer.how}; {HELP}")
+    last: Turn | None = None
+    for turn, line in enumerate(lines()):
+        if line.startswith("/"):
+            if line in ("/quit", "/exit"):
+                return
+            obey(line, session, last)
+            continue
+        try:
+            last = session.ask(line, seed=(seed + turn) % 2**32, show=lambda text: click.echo(text, nl=False))
+        except KeyboardInterrupt:
+            click.echo()
+            note("stopped; the question and its answer are not remembered")
+            continue
+        except ValueError as error:  # the chat goes on
+            click.echo()
+            note(f"neuroweave: {one_line(str(error))}")
+            continue
+        click.echo()
+        for source in sources_shown(last):
+            click.echo(source)
+        tell(last, show_prompt=show_prompt)
+
+
+def lines() -> Iterator[str]:
+    """What is typed, line by line, until Ctrl-D or the end of a pipe; empty lines left out."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (history and editing in `input`)
+    while True:
+        try:
+            line = input("> ") if sys.stdin.isatty() else sys.stdin.readline()
+        except EOFError:
+            click.echo()
+            return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        if not line and not sys.stdin.isatty():
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def obey(line: str, session: Session, last: Turn | None) -> None:
+    match line:
+        case "/reset":
+            session.reset()
+            note("all is forgotten")
+        case "/sources":
+            for source in sources_shown(last) if last else []:
+                click.echo(source)
+            if not last or not last.passages:
+                note("the last answer has no sources")
+        case "/prompt":
+            note(last.prompt if last else "nothing was asked yet")
+        case _:
+            note(HELP if line == "/help" else f"{line.split()[0]} is no command; {HELP}")

@@ -1,0 +1,88 @@
+"""What `chat` and `ask` share: their options, a session from them, and how sources are shown."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from neuroweave.cli.console import note
+from neuroweave.cli.writing_options import SEEDS, decoding, loader_of, writing_options
+
+if TYPE_CHECKING:
+    from neuroweave.chat.grounding import Grounding
+    from neuroweave.chat.session import Session, Turn
+
+SEARCHES = "local:FOLDER, searxng:URL, duckduckgo, tavily or brave"
+OWN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--search", metavar="WHERE", help=f"Answer from what is found there: {SEARCHES}."),
+    click.option(
+        "--passages",
+        type=click.IntRange(1, 50),
+        metavar="N",
+        help="How many the model reads.  [default: 1, 3 or 6, by its size]",
+    ),
+    click.option("--system", metavar="TEXT", help="The system message."),
+    click.option("--show-prompt", is_flag=True, help="Print what the model reads, on stderr."),
+)
+
+
+def chatting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = writing_options(function)
+    for option in reversed(OWN_OPTIONS):
+        function = option(function)
+    return function
+
+
+def open_session(
+    model: str, *, search: str | None, passages: int | None, system: str | None, new_tokens: int, dtype: str,
+    device: str, fast: bool, weights: str | None, sparse: float | None, **options: Any,
+) -> Session:  # fmt: skip
+    """Raises ValueError for what does not fit, a search that cannot be opened before the model is loaded."""
+    from neuroweave.chat.session import Session
+
+    load = loader_of("torch", fast=fast, weights=weights, sparse=sparse)
+    chosen = decoding(**options)
+    opened = None if search is None else open_search(search)
+    writer = load(model, dtype=dtype, device=device)
+    if not getattr(writer.tokenizer, "chat_template", None):
+        note(f"{model} has no chat template: it continues a plain dialogue")
+    grounding = None if opened is None else opened(passages, writer.parameters())
+    return Session(writer, grounding, system, chosen, new_tokens)
+
+
+def open_search(spec: str) -> Callable[[int | None, int], Grounding]:
+    from neuroweave.chat.grounding import Grounding, passages_for
+    from neuroweave.chat.search import provider_of
+
+    provider = provider_of(spec)
+    return lambda passages, parameters: Grounding(provider, passages or passages_for(parameters))
+
+
+def seed_of(seed: int | None) -> int:
+    return random.randrange(SEEDS) if seed is None else seed
+
+
+def sources_shown(turn: Turn) -> list[str]:
+    """A line for each passage that the model read; * where the answer stands on it."""
+    lines = []
+    for passage in turn.passages:
+        mark = "*" if passage.number in turn.cited else " "
+        date = f" ({passage.date})" if passage.date else ""
+        lines.append(f"{mark}[{passage.number}] {passage.title}: {passage.address}{date}")
+    return lines
+
+
+def tell(turn: Turn, *, show_prompt: bool) -> None:
+    """What a person should know beside the answer, on stderr."""
+    for line in notices_of(turn):
+        note(line)
+    if show_prompt:
+        note(turn.prompt)
+
+
+def notices_of(turn: Turn) -> Sequence[str]:
+    removed = ", ".join(f"[{number}]" for number in turn.removed)
+    return [*turn.notices, *([f"taken out, since it points to no source: {removed}"] if removed else [])]
