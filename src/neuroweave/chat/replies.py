@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from neuroweave.chat.answers import TokenText
+from neuroweave.chat.citations import Citer
+from neuroweave.chat.grounding import Grounded
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class ChatReply(Reply):
-    """The same of a chat. `finish`: an answer's text -> what its message is given besides, once it is whole."""
+    """The same of a chat. `grounded`: what the model was given to read, None: nothing was searched."""
 
-    finish: Callable[[str], dict[str, Any]] | None = None
+    grounded: Grounded | None = None
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
         kind = "chat.completion.chunk" if chunk else "chat.completion"
@@ -69,9 +72,33 @@ class ChatReply(Reply):
         return {"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": last}
 
     def choice(self, index: int, text: str, tokens: Sequence[TokenText], last: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None, **(self.finish(text) if self.finish else {})}
+        message = {"role": "assistant", "content": text, "refusal": None}
         logprobs = chat_logprobs(tokens) if tokens else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": last}
+
+
+def with_sources(message: dict[str, Any], text: str, grounded: Grounded, citer: Citer) -> None:
+    """Put into a message where its answer stands on what: OpenAI's annotations, and all that was read."""
+    by_number = {passage.number: passage for passage in grounded.passages}
+    message["annotations"] = [
+        {
+            "type": "url_citation",
+            "url_citation": {
+                "start_index": mark.start(),
+                "end_index": mark.end(),
+                "title": by_number[int(mark[1])].title,
+                "url": by_number[int(mark[1])].address,
+            },
+        }
+        for mark in re.finditer(r"\[(\d+)\]", text)
+        if int(mark[1]) in by_number
+    ]
+    message["neuroweave"] = {
+        "sources": [passage.as_dict() for passage in grounded.passages],
+        "cited": citer.cited,
+        "removed_citations": citer.removed,
+        "notices": grounded.notices,
+    }
 
 
 def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:

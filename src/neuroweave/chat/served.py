@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from neuroweave.chat.answers import Assembly, Piece
+from neuroweave.chat.citations import Citer
 from neuroweave.chat.prompts import PLAIN_STOPS, Message, encode_messages, has_template
 from neuroweave.chat.protocol import Shared
 from neuroweave.runtime.batching import Batcher, Job, Token
@@ -63,8 +64,10 @@ class Served:
     def answer(
         self, ids: list[int], config: GenerationConfig, request: Shared, *,
         choice: int = 0, stops: tuple[str, ...] = (), told: bool = False, likeliest: int = 0, nothing: bool = False,
+        passages: Sequence[str] | None = None,
     ) -> Answering:  # fmt: skip
-        """Begin to continue `ids`; the `choice` moves the seed on; `nothing`: no token is to be written.
+        """Begin to continue `ids`; the `choice` moves the seed on; `nothing`: no token is to be written;
+        `passages`: what is to be cited.
 
         Has to be called where an event loop runs.
         """
@@ -72,7 +75,8 @@ class Served:
         generator = torch.Generator().manual_seed(seed)
         choose = chooser(config, self.name, generator=generator)
         assembly = Assembly(self.writer.tokenizer, (*request.stop, *stops), told=told)
-        answering = Answering(assembly, prompt_tokens=len(ids))
+        citer = None if passages is None else Citer(passages)
+        answering = Answering(assembly, prompt_tokens=len(ids), citer=citer)
         job = Job(
             list(ids),
             config.max_new_tokens,
@@ -99,6 +103,8 @@ class Answering:
     heard: asyncio.Queue[Token | Exception] = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     over: bool = False
+    citer: Citer | None = None
+    text: str = ""  # all that was given out
 
     @property
     def new_tokens(self) -> int:
@@ -120,6 +126,14 @@ class Answering:
         if self.over:
             yield Piece("", (), "length")
             return
+        async for piece in self._written():
+            shown = piece.text
+            if self.citer is not None:
+                shown = self.citer.put(shown) + (self.citer.end() if piece.last else "")
+            self.text += shown
+            yield Piece(shown, piece.tokens, piece.last)
+
+    async def _written(self) -> AsyncIterator[Piece]:
         while True:
             token = await self.heard.get()
             if isinstance(token, Exception):

@@ -20,6 +20,8 @@ from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
+from neuroweave.chat.divergence import DivergenceRequest, divergence
+from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Guard, Limits, ServerError
 from neuroweave.chat.protocol import ChatRequest, CompletionRequest, Shared
 from neuroweave.chat.served import Served
@@ -77,9 +79,9 @@ class Server:
 
 def application(
     served: Sequence[Served], *, limits: Limits | None = None, api_key: str | None = None,
-    hosts: frozenset[str] | None = None,
+    hosts: frozenset[str] | None = None, grounding: Grounding | None = None,
 ) -> Any:  # fmt: skip
-    """The ASGI application. `hosts`: see `Guard`."""
+    """The ASGI application. `hosts`: see `Guard`. `grounding`: for requests that ask for a search."""
     limits = limits or Limits()
     server = Server(served, limits)
     app = FastAPI(title="Neuroweave", docs_url=None, redoc_url=None, openapi_url=None)
@@ -104,7 +106,8 @@ def application(
     @app.get("/health")
     async def health() -> dict[str, Any]:
         loads = {each.name: dict(zip(("writing", "waiting"), each.batcher.load(), strict=True)) for each in served}
-        return {"status": "ok", "requests": server.active, "models": loads}
+        search = grounding.provider.name if grounding else None
+        return {"status": "ok", "requests": server.active, "models": loads, "search": search}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -117,12 +120,21 @@ def application(
     @app.post("/v1/chat/completions")
     async def chat(request: Request, asked: ChatRequest) -> Any:
         served = server.of(asked.model)
-        return await server.reply(request, asked, functools.partial(chat_work, served, asked, limits))
+        return await server.reply(request, asked, functools.partial(chat_work, served, asked, limits, grounding))
 
     @app.post("/v1/completions")
     async def completions(request: Request, asked: CompletionRequest) -> Any:
         served = server.of(asked.model)
         return await server.reply(request, asked, functools.partial(completion_work, served, asked, limits))
+
+    @app.post("/v1/neuroweave/divergence")
+    async def diverge(asked: DivergenceRequest) -> dict[str, Any]:
+        async with server.place():
+            try:
+                models = server.of(asked.model), server.of(asked.against)
+                return await asyncio.to_thread(divergence, *models, asked)
+            except ValueError as error:
+                raise ServerError(400, str(error)) from error
 
     if PAGE.is_dir():
         app.mount("/static", StaticFiles(directory=PAGE), name="static")

@@ -55,7 +55,7 @@ class Session:
         """(token ids, the chat as the model reads it). Raises ValueError where the question alone is too long."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         chat = [*system, *self.messages, {"role": "user", "content": question}]
-        room = self.room()
+        room = self.writer.prompt_room(self.new_tokens)
 
         def length(messages: list[Message]) -> int:
             return len(encode_messages(self.writer.tokenizer, messages))
@@ -68,11 +68,6 @@ class Session:
             notices = [f"{left} older messages were left out: the context is {room} tokens"] if left else []
             grounded = Grounded(shorter, notices=notices)
         return encode_messages(self.writer.tokenizer, grounded.messages), grounded
-
-    def room(self) -> int:
-        """How many tokens a chat may have, so that an answer of `new_tokens`, or half the context, fits behind it."""
-        positions = self.writer.positions()
-        return 1 << 30 if positions is None else max(positions - self.new_tokens, positions // 2)
 
     def ask(self, question: str, *, seed: int, show: Callable[[str], object]) -> Turn:
         """Answer, and remember both. What comes is shown with its citations, sentence by sentence.

@@ -14,9 +14,10 @@ import torch
 from fastapi import Request
 
 from neuroweave.chat.answers import Piece, TokenText, shown
+from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Limits, ServerError
 from neuroweave.chat.protocol import ChatRequest, CompletionRequest, Shared
-from neuroweave.chat.replies import ChatReply, Reply, usage
+from neuroweave.chat.replies import ChatReply, Reply, usage, with_sources
 from neuroweave.chat.served import Answering, Served
 
 
@@ -28,15 +29,31 @@ class Work:
     begin: tuple[Callable[[], Answering], ...]
 
 
-def chat_work(served: Served, asked: ChatRequest, limits: Limits) -> Work:
+def chat_work(served: Served, asked: ChatRequest, limits: Limits, grounding: Grounding | None) -> Work:
     """Raises ValueError for what cannot be answered."""
-    ids = served.encode_chat([message.for_template() for message in asked.messages])
-    config = served.settings(asked, ids, allowed(asked.new_tokens, limits), chat=True)
+    messages = [message.for_template() for message in asked.messages]
+    new_tokens, grounded = allowed(asked.new_tokens, limits), None
+    if asked.web_search_options is not None:
+        if grounding is None:
+            raise ValueError("web_search_options: this server was started without --search")
+        if messages[-1]["role"] != "user":
+            raise ValueError("web_search_options: the last message has to be a user's, to be searched for")
+        grounded = grounding.ground(
+            messages,
+            length=lambda chat: len(served.encode_chat(chat)),
+            room=served.writer.prompt_room(new_tokens),
+        )
+        messages = grounded.messages
+    ids = served.encode_chat(messages)
+    config = served.settings(asked, ids, new_tokens, chat=True)
     begin = functools.partial(
         served.answer, ids, config, asked,
         stops=served.stops, told=bool(asked.logprobs), likeliest=asked.top_logprobs or 0,
+        passages=None if grounded is None else grounded.texts,
     )  # fmt: skip
-    return Work(ChatReply(served.name), tuple(functools.partial(begin, choice=k) for k in range(asked.n)))
+    return Work(
+        ChatReply(served.name, grounded=grounded), tuple(functools.partial(begin, choice=k) for k in range(asked.n))
+    )
 
 
 def completion_work(served: Served, asked: CompletionRequest, limits: Limits) -> Work:
@@ -105,7 +122,10 @@ async def whole(reply: Reply, answers: Sequence[Answering]) -> dict[str, Any]:
         async for piece in each.pieces():
             tokens += piece.tokens
             last = piece.last or last
-        choices.append(reply.choice(index, each.assembly.text, tokens, last))
+        choice = reply.choice(index, each.text, tokens, last)
+        if isinstance(reply, ChatReply) and reply.grounded and each.citer:
+            with_sources(choice["message"], each.text, reply.grounded, each.citer)
+        choices.append(choice)
     return reply.whole(choices, usage_of(answers))
 
 
@@ -121,6 +141,9 @@ async def stream(
             async for index, one in merged([each.pieces() for each in answers]):
                 choice = reply.delta(index, one.text, one.tokens, one.last, offsets[index])
                 offsets[index] += sum(len(each.text) for each in one.tokens)
+                citer = answers[index].citer
+                if one.last and isinstance(reply, ChatReply) and reply.grounded and citer:
+                    with_sources(choice["delta"], answers[index].text, reply.grounded, citer)
                 yield event(reply.chunk([choice]))
             if counted:
                 yield event(reply.chunk([], usage=usage_of(answers)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from neuroweave.cli.chatting import SEARCHES, open_search
 from neuroweave.cli.console import found, note
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
 )
 @click.argument("model")
 @click.option("--against", metavar="BASE", help="Another model beside it, such as the original.")
+@click.option("--search", metavar="WHERE", help=f"For requests that ask for it: {SEARCHES}.")
 @click.option("--name", metavar="NAME", help="What clients call MODEL by.  [default: the folder's name]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
@@ -51,21 +53,29 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 def command(
-    model: str, against: str | None, name: str | None, host: str, port: int, api_key: str | None, slots: int,
-    requests: int, new_tokens: int, dtype: str, device: str,
+    model: str, against: str | None, search: str | None, name: str | None, host: str, port: int,
+    api_key: str | None, slots: int, requests: int, new_tokens: int, dtype: str, device: str,
 ) -> None:  # fmt: skip
     require_server()
+    from neuroweave.chat.guard import Limits
+    from neuroweave.chat.server import application
+
     loopback = is_loopback(host)
     if not loopback and not api_key:
         raise ValueError(f"--host {host} can be reached by others; set {KEY_VARIABLE}, or listen at 127.0.0.1")
     if api_key is not None and not (api_key.isascii() and api_key.strip()):
         raise ValueError("the API key has to be ASCII characters, and not empty")
+    opened = None if search is None else open_search(search)
     listening = listen(host, port)
     try:
         served = [load(model, name, "model", slots, dtype, device)]
         if against is not None:
             served.append(load(against, None, "original", slots, dtype, device, taken=served[0].name))
-        run(served, listening, host, api_key, loopback, requests, new_tokens)
+        limits = Limits(requests=requests, new_tokens=new_tokens)
+        names = frozenset((*LOOPBACK_NAMES, host)) if loopback else None
+        grounding = None if opened is None else opened(None, served[0].writer.parameters())
+        app = application(served, limits=limits, api_key=api_key, hosts=names, grounding=grounding)
+        run(app, served, listening, host)
     finally:
         listening.close()
 
@@ -118,23 +128,10 @@ def load(
     return Served(name, writer, batcher, role)
 
 
-def run(
-    served: list[Served], listening: socket.socket, host: str, api_key: str | None, loopback: bool, requests: int,
-    new_tokens: int,
-) -> None:  # fmt: skip
+def run(app: Any, served: list[Served], listening: socket.socket, host: str) -> None:
     import uvicorn
 
-    from neuroweave.chat.guard import Limits
-    from neuroweave.chat.server import application
-
     port = listening.getsockname()[1]
-    names = {*LOOPBACK_NAMES, host} if loopback else None
-    app = application(
-        served,
-        limits=Limits(requests=requests, new_tokens=new_tokens),
-        api_key=api_key,
-        hosts=frozenset(names) if names else None,
-    )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_keep_alive=15, timeout_graceful_shutdown=3,
         h11_max_incomplete_event_size=1 << 16,

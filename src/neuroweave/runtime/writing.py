@@ -143,6 +143,11 @@ class Writer:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return longest if isinstance(longest, int) and longest >= 1 else None
 
+    def prompt_room(self, new_tokens: int) -> int:
+        """How many tokens a prompt may have, so that `new_tokens`, or half the context, fit behind it."""
+        positions = self.positions()
+        return 1 << 30 if positions is None else max(positions - new_tokens, positions // 2)
+
     def parameters(self) -> int:
         """How many numbers the model has, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())

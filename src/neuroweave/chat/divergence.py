@@ -1,0 +1,66 @@
+"""How far one served model's predictions are from another's along a text: KL of each token's distribution."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from neuroweave.chat.answers import shown
+from neuroweave.chat.prompts import as_text
+from neuroweave.chat.protocol import ChatMessage
+from neuroweave.chat.served import Served
+
+ROWS = 64  # distributions that are compared at a time
+MOST = 2048  # tokens of an answer
+
+
+class DivergenceRequest(BaseModel):
+    """`answer`: what was said after `messages`; the models named read both."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    against: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    answer: str = Field(min_length=1)
+
+
+def divergence(model: Served, against: Served, asked: DivergenceRequest) -> dict[str, Any]:
+    """KL(against || model) in nats before each token of the answer, and the token's log-probability in both.
+
+    Raises ValueError for models with other tokens and for a text that is too long.
+    """
+    tokenizer = model.writer.tokenizer
+    if tokenizer.get_vocab() != against.writer.tokenizer.get_vocab():
+        raise ValueError(f"{model.name} and {against.name} have other tokens; their predictions cannot be compared")
+    prompt = model.encode_chat([message.for_template() for message in asked.messages])
+    answer = as_text(tokenizer, asked.answer)
+    if len(answer) > MOST:
+        raise ValueError(f"the answer has {len(answer):,} tokens; at most {MOST:,} are compared")
+    ids = prompt + answer
+    for each in (model, against):
+        each.writer.room(ids[:-1], 1)
+    states = [each.batcher.run(functools.partial(logits_of, each, ids, len(answer))) for each in (model, against)]
+    ours, theirs = (future.result() for future in states)
+    kl, logprobs, logprobs_against = [], [], []
+    for start in range(0, len(answer), ROWS):
+        q, p = (rows[start : start + ROWS].float().log_softmax(-1) for rows in (ours, theirs))
+        kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
+        place = torch.tensor(answer[start : start + ROWS])[:, None]
+        logprobs += q.gather(1, place)[:, 0].tolist()
+        logprobs_against += p.gather(1, place)[:, 0].tolist()
+    tokens = [
+        {"token": shown(tokenizer, ids[at - 1 : at], ids[at]), "kl": k, "logprob": a, "logprob_against": b}
+        for at, k, a, b in zip(range(len(prompt), len(ids)), kl, logprobs, logprobs_against, strict=True)
+    ]
+    return {"model": model.name, "against": against.name, "mean_kl": sum(kl) / len(kl), "tokens": tokens}
+
+
+def logits_of(served: Served, ids: list[int], count: int) -> Tensor:
+    """[count, V]: what was predicted for each of the last `count` tokens."""
+    model = served.writer.model
+    output = model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=count + 1)
+    return output.logits[0, -count - 1 : -1].cpu()
