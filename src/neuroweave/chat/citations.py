@@ -10,98 +10,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from neuroweave.chat.search.queries import STOP_WORDS
+
 WORD = re.compile(r"[^\W_]+", re.UNICODE)
 NUMBER = re.compile(r"[ \t]*\[(\d{1,3}(?:\s*,\s*\d{1,3})*)\]")
 BEGUN = re.compile(r"[ \t]*\[[\d,\s]{0,16}$|[ \t]+$")  # may turn into a number, or stand before one
 END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s|$)|\n")
 SHARE = 0.6  # of a sentence's words that a passage must hold to be its source
 FEWEST = 2  # words that they must share
-# words that say nothing about what a text is about
-EMPTY = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "but",
-        "by",
-        "can",
-        "could",
-        "did",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "how",
-        "i",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "may",
-        "me",
-        "my",
-        "no",
-        "not",
-        "of",
-        "on",
-        "or",
-        "our",
-        "she",
-        "should",
-        "so",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "those",
-        "to",
-        "was",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "whom",
-        "whose",
-        "why",
-        "will",
-        "with",
-        "would",
-        "you",
-        "your",
-        "yes",
-        "am",
-        "s",
-        "t",
-    ]
-)
 
 
 def content_words(text: str) -> list[str]:
     """The words of a text that carry it, lower case, plurals cut."""
     found = (word.lower() for word in WORD.findall(text))
-    return [stem(word) for word in found if word not in EMPTY]
+    return [stem(word) for word in found if word not in STOP_WORDS]
 
 
 def stem(word: str) -> str:

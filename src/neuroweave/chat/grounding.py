@@ -10,10 +10,12 @@ import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from neuroweave.chat.citations import content_words
 from neuroweave.chat.prompts import Message
+from neuroweave.chat.search import Provider, Source
+from neuroweave.chat.search.queries import match_expression, spaced
 from neuroweave.text.passages import cut
 
 PASSAGE_CHARACTERS = 900
@@ -22,25 +24,6 @@ RELEVANT = 0.5  # of the question's words that a passage must hold
 FEWEST_CHARACTERS = 160  # to which a passage may be cut
 FENCE = re.compile(r"<(?=\s*/?\s*source\b)", re.IGNORECASE)
 MODEL_ALONE = "the answer is the model's own"
-
-
-class Source(Protocol):
-    """What a provider finds; see `neuroweave.chat.search`."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def address(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def date(self) -> Any: ...
-
-
-class Provider(Protocol):
-    @property
-    def name(self) -> str: ...
-    def search(self, query: str, *, count: int) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -136,16 +119,15 @@ def best_passages(query: str, sources: Sequence[Source], *, most: int) -> list[P
 
 def rank(query: str, texts: Sequence[tuple[str, str]]) -> list[int]:
     """Places of the (title, text) pairs that share a word with the query, the best first: BM25 of SQLite's FTS5."""
-    words = dict.fromkeys(content_words(query))
-    if not words or not texts:
+    match = match_expression(query)
+    if not match or not texts:
         return []
     database = sqlite3.connect(":memory:")
     try:
         database.execute("CREATE VIRTUAL TABLE texts USING fts5(title, body, tokenize = 'porter unicode61')")
         database.executemany("INSERT INTO texts(rowid, title, body) VALUES (?, ?, ?)", [
-            (place, title, text) for place, (title, text) in enumerate(texts)
+            (place, spaced(title), spaced(text)) for place, (title, text) in enumerate(texts)
         ])  # fmt: skip
-        match = " OR ".join(f'"{word}"*' if len(word) > 3 else f'"{word}"' for word in words)
         rows = database.execute("SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY bm25(texts, 2.0, 1.0)", (match,))
         return [place for (place,) in rows]
     finally:

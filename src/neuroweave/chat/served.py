@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from neuroweave.chat.answers import Assembly, Piece
+from neuroweave.chat.answers import Assembly, Piece, TokenText
 from neuroweave.chat.citations import Citer
 from neuroweave.chat.prompts import PLAIN_STOPS, Message, encode_messages, has_template
 from neuroweave.chat.protocol import Shared
+from neuroweave.chat.tool_calls import split_calls
 from neuroweave.runtime.batching import Batcher, Job, Token
 from neuroweave.runtime.token_choice import check_sampling, chooser, refuse_unknown
 from neuroweave.runtime.writing import Writer
@@ -64,10 +65,10 @@ class Served:
     def answer(
         self, ids: list[int], config: GenerationConfig, request: Shared, *,
         choice: int = 0, stops: tuple[str, ...] = (), told: bool = False, likeliest: int = 0, nothing: bool = False,
-        passages: Sequence[str] | None = None,
+        passages: Sequence[str] | None = None, tools: bool = False,
     ) -> Answering:  # fmt: skip
         """Begin to continue `ids`; the `choice` moves the seed on; `nothing`: no token is to be written;
-        `passages`: what is to be cited.
+        `passages`: what is to be cited; `tools`: the text may hold calls of them, and comes whole.
 
         Has to be called where an event loop runs.
         """
@@ -76,7 +77,7 @@ class Served:
         choose = chooser(config, self.name, generator=generator)
         assembly = Assembly(self.writer.tokenizer, (*request.stop, *stops), told=told)
         citer = None if passages is None else Citer(passages)
-        answering = Answering(assembly, prompt_tokens=len(ids), citer=citer)
+        answering = Answering(assembly, prompt_tokens=len(ids), citer=citer, tools=tools)
         job = Job(
             list(ids),
             config.max_new_tokens,
@@ -104,6 +105,8 @@ class Answering:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     over: bool = False
     citer: Citer | None = None
+    tools: bool = False
+    calls: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""  # all that was given out
 
     @property
@@ -126,12 +129,19 @@ class Answering:
         if self.over:
             yield Piece("", (), "length")
             return
+        held: tuple[TokenText, ...] = ()
         async for piece in self._written():
             shown = piece.text
             if self.citer is not None:
                 shown = self.citer.put(shown) + (self.citer.end() if piece.last else "")
             self.text += shown
-            yield Piece(shown, piece.tokens, piece.last)
+            if not self.tools:
+                yield Piece(shown, piece.tokens, piece.last)
+                continue
+            held += piece.tokens
+            if piece.last:
+                self.text, self.calls = split_calls(self.text)
+                yield Piece(self.text, held, "tool_calls" if self.calls else piece.last)
 
     async def _written(self) -> AsyncIterator[Piece]:
         while True:

@@ -16,6 +16,7 @@ from fastapi import Request
 from neuroweave.chat.answers import Piece, TokenText, shown
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Limits, ServerError
+from neuroweave.chat.prompts import takes_tools
 from neuroweave.chat.protocol import ChatRequest, CompletionRequest, Shared
 from neuroweave.chat.replies import ChatReply, Reply, usage, with_sources
 from neuroweave.chat.served import Answering, Served
@@ -44,12 +45,15 @@ def chat_work(served: Served, asked: ChatRequest, limits: Limits, grounding: Gro
             room=served.writer.prompt_room(new_tokens),
         )
         messages = grounded.messages
-    ids = served.encode_chat(messages)
+    tools = asked.tools if asked.tools and asked.tool_choice != "none" else None
+    if tools and not takes_tools(served.writer.tokenizer):
+        raise ValueError(f"tools: the chat template of {served.name} has no tools; leave them out")
+    ids = served.encode_chat(messages, tools)
     config = served.settings(asked, ids, new_tokens, chat=True)
     begin = functools.partial(
         served.answer, ids, config, asked,
         stops=served.stops, told=bool(asked.logprobs), likeliest=asked.top_logprobs or 0,
-        passages=None if grounded is None else grounded.texts,
+        passages=None if grounded is None else grounded.texts, tools=bool(tools),
     )  # fmt: skip
     return Work(
         ChatReply(served.name, grounded=grounded), tuple(functools.partial(begin, choice=k) for k in range(asked.n))
@@ -123,6 +127,8 @@ async def whole(reply: Reply, answers: Sequence[Answering]) -> dict[str, Any]:
             tokens += piece.tokens
             last = piece.last or last
         choice = reply.choice(index, each.text, tokens, last)
+        if each.calls:
+            choice["message"]["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in each.calls]
         if isinstance(reply, ChatReply) and reply.grounded and each.citer:
             with_sources(choice["message"], each.text, reply.grounded, each.citer)
         choices.append(choice)
@@ -141,6 +147,8 @@ async def stream(
             async for index, one in merged([each.pieces() for each in answers]):
                 choice = reply.delta(index, one.text, one.tokens, one.last, offsets[index])
                 offsets[index] += sum(len(each.text) for each in one.tokens)
+                if one.last and answers[index].calls:
+                    choice["delta"]["tool_calls"] = answers[index].calls
                 citer = answers[index].citer
                 if one.last and isinstance(reply, ChatReply) and reply.grounded and citer:
                     with_sources(choice["delta"], answers[index].text, reply.grounded, citer)

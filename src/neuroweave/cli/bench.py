@@ -12,6 +12,7 @@ from neuroweave.cli.console import json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
     from neuroweave.diagnose.speed import Measured, Way
+    from neuroweave.runtime.sparsity import Skipping
 
 
 @click.command(
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--against", metavar="OTHER", help="A second model, in the same rounds.")
 @click.option("--weights", default="float32,int8,int4", show_default=True, help="Formats of the fast runtime.")
+@click.option(
+    "--sparse",
+    metavar="SHARES",
+    help="Also with these shares of the MLPs' neurons skipped, such as 0,0.4; 0: those that are exactly zero.",
+)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=16), default=64, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=2), default=5, show_default=True)
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def command(
-    model: str, against: str | None, weights: str, prompt_tokens: int, new_tokens: int, rounds: int,
+    model: str, against: str | None, weights: str, sparse: str | None, prompt_tokens: int, new_tokens: int, rounds: int,
     threads: int | None, uncached: bool, compiled: bool, perplexity: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     import torch
@@ -48,14 +54,16 @@ def command(
     from neuroweave.diagnose.environment import describe_environment
     from neuroweave.diagnose.speed import BASELINE, formats_of, measure_ways, memory_bandwidth
 
-    formats = formats_of(weights)
+    formats, shares = formats_of(weights), shares_of(sparse)
     torch.set_num_threads(threads or torch.get_num_threads())
     labels = [model] if against is None else [model, against]
     ways: list[Way] = []
     losses: dict[tuple[str, str], float] = {}
     prompt: list[int] = []
     for label in labels:
-        found, prompt, of_texts = prepare(label, formats, prompt_tokens, new_tokens, uncached, compiled, perplexity)
+        found, prompt, of_texts = prepare(
+            label, formats, shares, prompt_tokens, new_tokens, uncached, compiled, perplexity
+        )
         ways += found
         losses |= of_texts
     say = (lambda line: None) if as_json else note
@@ -76,34 +84,57 @@ def command(
 
 
 def prepare(
-    source: str, formats: list[str], prompt_tokens: int, new_tokens: int, uncached: bool, compiled: bool,
-    perplexity: int | None,
+    source: str, formats: list[str], shares: list[float], prompt_tokens: int, new_tokens: int, uncached: bool,
+    compiled: bool, perplexity: int | None,
 ) -> tuple[list[Way], list[int], dict[tuple[str, str], float]]:  # fmt: skip
     """(the ways to run a model, the prompt, the loss of each way by model and way)."""
     from neuroweave.diagnose.decoding_loss import decoding_loss, prose_windows
     from neuroweave.diagnose.speed import BASELINE, COMPILED, UNCACHED, runtime_way, transformers_way
     from neuroweave.runtime.lowering import UnsupportedModelError
+    from neuroweave.runtime.sparsity import thresholds_on_prose
     from neuroweave.runtime.writing import load_causal
 
     model, tokenizer, _ = load_causal(source, "float32", "cpu")
     names = [UNCACHED] * uncached + [BASELINE] + [COMPILED] * compiled
     ways = [transformers_way(source, name, model) for name in names]
     positions = prompt_tokens + new_tokens
-    for format in formats:
-        try:
-            ways.append(runtime_way(source, model, positions, format=format))
-        except UnsupportedModelError as error:
-            note(f"{source}: {error}")
-            break
+    hows: list[tuple[str, Skipping | None]] = []
+    try:
+        skips = [None, *(thresholds_on_prose(model, tokenizer, share) for share in shares)]
+        for format, skipping in [(format, skipping) for format in formats for skipping in skips]:
+            if skipping is None or format != "int4":  # of which there is no sparse kernel
+                ways.append(runtime_way(source, model, positions, format=format, skipping=skipping))
+                hows.append((format, skipping))
+    except UnsupportedModelError as error:
+        note(f"{source}: {error}")
     windows = prose_windows(tokenizer, max(perplexity or 0, 2 * prompt_tokens))
     prompt = [token for window in windows for token in window][:prompt_tokens]
     losses = {}
     if perplexity:
         note(f"{source}: perplexity of transformers and of {', '.join(formats)}")
         losses[source, BASELINE] = decoding_loss(model, windows)
-        for way, format in zip(ways[len(names) :], formats, strict=False):
-            losses[source, way.name] = decoding_loss(model, windows, format=format)
+        for way, (format, skipping) in zip(ways[len(names) :], hows, strict=True):
+            thresholds = skipping.worth_it() if skipping else None
+            losses[source, way.name] = decoding_loss(model, windows, format=format, thresholds=thresholds)
     return ways, prompt, losses
+
+
+def shares_of(text: str | None) -> list[float]:
+    """Raises ValueError for what is no share below 1."""
+    found = []
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        try:
+            share = float(part)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < 1:
+            raise ValueError(
+                f"--sparse takes shares from 0 to below 1 with commas, such as 0,0.4; got {part.strip()!r}"
+            )
+        found.append(share)
+    return found
 
 
 def facts_of(

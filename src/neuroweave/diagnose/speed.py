@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import lower
 from neuroweave.runtime.operations import Linear, Place, Program
+from neuroweave.runtime.sparsity import Skipping
 from neuroweave.runtime.weights import FORMATS, pack
 
 BASELINE = "transformers, eager, cache"
@@ -108,11 +109,11 @@ def transformers_way(label: str, name: str, model: Any) -> Way:
     return Way(label, name, run, size if tied else size - table.numel() * table.element_size(), size)
 
 
-def runtime_way(label: str, model: Any, positions: int, **how: Any) -> Way:
-    """The fast runtime. `how`: as `lower` takes it."""
-    program = lower(model, **how)
+def runtime_way(label: str, model: Any, positions: int, *, format: str, skipping: Skipping | None = None) -> Way:
+    """The fast runtime, with weights in a format; `skipping`: without the neurons that it leaves out."""
+    program = lower(model, format=format, thresholds=skipping.worth_it() if skipping else None)
     engine = Engine(program, positions=positions)
-    sparse = ", sparse" if how.get("thresholds") else ""
+    sparse = f", {skipping.mean_share:.0%} skipped" if skipping else ""
     where = "fast runtime" if engine.compiled else "fast runtime, in PyTorch"
 
     def run(prompt: list[int], count: int) -> Timing:
@@ -127,7 +128,8 @@ def runtime_way(label: str, model: Any, positions: int, **how: Any) -> Way:
         return Timing(tokens, first - began, ended - first, joules())
 
     held = program.bytes_a_token
-    return Way(label, f"{where}, {how.get('format', 'float32')}{sparse}", run, held, held)
+    read = held - (skipping.skipped_bytes(program) if skipping else 0)
+    return Way(label, f"{where}, {format}{sparse}", run, read, held)
 
 
 def measure_ways(

@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from neuroweave.runtime.lowering import UnsupportedModelError, decoder_layers
+from neuroweave.runtime.operations import Program, SparseGlu
+from neuroweave.text.documents import documents
+from neuroweave.text.passages import PASSAGE
+from neuroweave.text.sample import draw_sample
 
 BREAK_EVEN = 0.12  # of the neurons have to be skipped, before the list of those that live pays
 
@@ -31,9 +36,26 @@ class Skipping:
     def mean_share(self) -> float:
         return sum(self.shares.values()) / max(1, len(self.shares))
 
+    def skipped_bytes(self, program: Program) -> int:
+        """Of weights that a token's step leaves unread, on the mean of the text."""
+        layers = sorted(self.worth_it())
+        sparse = [each for each in program.operations if isinstance(each, SparseGlu)]
+        if len(layers) != len(sparse):
+            return 0  # some of them run dense after all
+        return round(sum(self.shares[n] * (op.up.bytes + op.down.bytes) for n, op in zip(layers, sparse, strict=True)))
+
     def worth_it(self) -> dict[int, Tensor]:
         """The layers in which so many are skipped that it pays; all others run dense."""
         return {layer: self.thresholds[layer] for layer, share in self.shares.items() if share > BREAK_EVEN}
+
+
+CALIBRATION_TOKENS = 2048
+
+
+def thresholds_on_prose(model: Any, tokenizer: PreTrainedTokenizerBase, share: float) -> Skipping:
+    """`find_thresholds` on shipped prose."""
+    sample = draw_sample(documents("calibration"), tokenizer, tokens=CALIBRATION_TOKENS, window=256, passage=PASSAGE)
+    return find_thresholds(model, [window.token_ids for window in sample.windows], share)
 
 
 @torch.no_grad()

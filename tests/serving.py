@@ -1,0 +1,71 @@
+"""A real server in a thread, of tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from test_generate_cli import byte_tokenizer
+from tiny_llama import tiny_model
+
+from neuroweave.chat.served import Served
+from neuroweave.chat.server import application
+from neuroweave.cli.serve import listen
+from neuroweave.runtime.batching import Batcher
+from neuroweave.runtime.writing import Writer
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+POSITIONS = 4096
+
+
+def served(name: str = "tiny", *, seed: int = 0, role: str = "model", slots: int = 4, template: bool = True) -> Served:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE if template else None
+    model: Any = tiny_model(seed, vocab_size=len(tokenizer), max_position_embeddings=POSITIONS)
+    model.generation_config.eos_token_id = None  # random weights end nowhere, and tests want long texts
+    writer = Writer(name, model, tokenizer, "cpu, float32", {})
+    return Served(name, writer, Batcher(model, slots=slots, source=name), role)
+
+
+@dataclass(frozen=True)
+class Running:
+    address: str
+    served: list[Served]
+
+    def load(self) -> tuple[int, int]:
+        loads = [each.batcher.load() for each in self.served]
+        return sum(writing for writing, _ in loads), sum(waiting for _, waiting in loads)
+
+    def settled(self, seconds: float = 20) -> bool:
+        """Whether nothing is written or waits any more, within that time."""
+        ended = time.monotonic() + seconds
+        while self.load() != (0, 0) and time.monotonic() < ended:
+            time.sleep(0.02)
+        return self.load() == (0, 0)
+
+
+@contextlib.contextmanager
+def running(models: list[Served], **settings: Any) -> Iterator[Running]:
+    listening = listen("127.0.0.1", 0)
+    app = application(models, **settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", models)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+        for each in models:
+            each.batcher.close()
