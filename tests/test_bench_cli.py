@@ -10,9 +10,10 @@ import torch
 from click.testing import CliRunner
 from test_runtime import native, needs_compiler, tiny  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import neuroweave
+from neuroweave.cli.bench import shares_of
 from neuroweave.cli.main import main, program
 from neuroweave.diagnose.decoding_loss import decoding_loss
 from neuroweave.diagnose.speed import BASELINE, formats_of, measure_ways, runtime_way, transformers_way
@@ -106,7 +107,7 @@ def test_what_does_not_go_together_is_refused(folder, options, message, capsys):
 
 def test_rounds_are_paired():
     model = tiny("llama", attention_bias=False, mlp_bias=False)
-    ways = [transformers_way("m", BASELINE, model), runtime_way("m", model, 40)]
+    ways = [transformers_way("m", BASELINE, model), runtime_way("m", model, 40, format="float32")]
     found = measure_ways(ways, [3, 4, 5], 12, rounds=3)
     for each in found:
         assert len(each.timings) == len(each.ratios) == 3
@@ -128,3 +129,28 @@ def test_formats_are_checked():
     assert formats_of("int8, float32") == ["int8", "float32"]
     with pytest.raises(ValueError, match="'int3'"):
         formats_of("int3")
+
+
+def test_bench_of_sparse_neurons_reads_less_and_loses_more(folder):
+    needs_compiler()
+    text = run("bench", str(folder), "--rounds", "2", "--new-tokens", "16", "--prompt-tokens", "8", "--weights",
+               "float32,int8,int4", "--sparse", "0,0.4", "--perplexity", "200", "--json")  # fmt: skip
+    ways = {each["way"]: each for each in json.loads(text)["ways"]}
+    assert list(ways) == [
+        BASELINE, "fast runtime, float32", "fast runtime, float32, 0% skipped", "fast runtime, float32, 40% skipped",
+        "fast runtime, int8", "fast runtime, int8, 0% skipped", "fast runtime, int8, 40% skipped",
+        "fast runtime, int4", "fast runtime, int4, 0% skipped", "fast runtime, int4, 40% skipped",
+    ]  # fmt: skip
+    dense, none, sparse = (ways[name] for name in list(ways)[1:4])
+    assert none["bytes_per_token"] == dense["bytes_per_token"] == sparse["weight_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    up_and_down = sum(8 * layer.mlp.up_proj.weight.numel() for layer in model.model.layers)
+    assert dense["bytes_per_token"] - sparse["bytes_per_token"] == pytest.approx(0.4 * up_and_down, rel=0.02)
+    assert none["perplexity"] == dense["perplexity"] != sparse["perplexity"]
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "half", "0.2,nan"])
+def test_bench_refuses_what_is_no_share(text):
+    with pytest.raises(ValueError, match="--sparse takes shares from 0 to below 1, such as 0,0.4; got"):
+        shares_of(text)
+    assert shares_of(" 0, 0.4,") == [0, 0.4]

@@ -102,8 +102,8 @@ def test_seeds_choices_and_biases(client: openai.OpenAI) -> None:
     biased = client.completions.create(model="tiny", prompt="a", max_tokens=5, temperature=0, logit_bias={"70": 100})
     assert biased.choices[0].text == client_text(client, 70) * 5
     fresh = client.completions.create(
-        model="tiny", prompt="a", max_tokens=30, temperature=0, presence_penalty=2, frequency_penalty=2, logprobs=0,
-        logit_bias={"70": 2},
+        model="tiny", prompt="a", max_tokens=30, temperature=0, presence_penalty=0.5, frequency_penalty=1, logprobs=0,
+        logit_bias={"70": 7},
     )  # fmt: skip
     assert 1 < fresh.choices[0].logprobs.tokens.count(client_text(client, 70)) < 30
 

@@ -102,9 +102,8 @@ def prepare(
     try:
         skips = [None, *(thresholds_on_prose(model, tokenizer, share) for share in shares)]
         for format, skipping in [(format, skipping) for format in formats for skipping in skips]:
-            if skipping is None or format != "int4":  # of which there is no sparse kernel
-                ways.append(runtime_way(source, model, positions, format=format, skipping=skipping))
-                hows.append((format, skipping))
+            ways.append(runtime_way(source, model, positions, format=format, skipping=skipping))
+            hows.append((format, skipping))
     except UnsupportedModelError as error:
         note(f"{source}: {error}")
     windows = prose_windows(tokenizer, max(perplexity or 0, 2 * prompt_tokens))
@@ -131,7 +130,7 @@ def shares_of(text: str | None) -> list[float]:
             share = math.nan
         if not 0 <= share < 1:
             raise ValueError(
-                f"--sparse takes shares from 0 to below 1 with commas, such as 0,0.4; got {part.strip()!r}"
+                f"--sparse takes shares from 0 to below 1, such as 0,0.4; got {part.strip()!r}"
             )
         found.append(share)
     return found
