@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+SPILL = 4 << 20  # bytes beyond the limit that are read all the same: who is still sending hears no answer
 OPEN_PATHS = ("/", "/health", "/static/")  # the page has to load before it can ask for a key
 
 
@@ -93,7 +94,7 @@ class Guard:
         most = self.limits.body_bytes
         too_much = ServerError(413, f"the body is longer than {most:,} bytes")
         length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length) > most:
+        if not length.isascii() or not length.isdigit() or int(length) > most + SPILL:
             raise too_much
         body = bytearray()
         try:
@@ -103,9 +104,10 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         raise ServerError(400, "the client went away")
                     body += message.get("body", b"")
-                    if len(body) > most:
+                    ended = not message.get("more_body")
+                    if len(body) > most and (ended or len(body) > most + SPILL):
                         raise too_much
-                    if not message.get("more_body"):
+                    if ended:
                         return bytes(body)
         except TimeoutError as error:
             raise ServerError(408, f"the body did not come within {self.limits.body_seconds:g} s") from error
