@@ -69,8 +69,9 @@ class Citer:
                 self._read(number[1])
                 self.held = self.held[number.end() :]
             elif stop:
-                after = NUMBER.match(self.held, stop.end())  # "a sentence. [1]"
-                if after is None and not last and BEGUN.match(self.held, stop.end()):
+                line = stop[0] == "\n"  # a number after it is of the next line
+                after = None if line else NUMBER.match(self.held, stop.end())  # "a sentence. [1]"
+                if after is None and not line and not last and BEGUN.match(self.held, stop.end()):
                     break
                 if after:
                     self._read(after[1])
