@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": ("generate", "Continue a prompt with any checkpoint, streaming to the terminal."),
     "chat": ("chat", "Talk with a model; answers from your documents or a live search, with sources."),
     "ask": ("ask", "One question, answered from what a search finds; --json for programs."),
+    "index": ("index", "Build or refresh the index of a folder of documents, for --search local:."),
     "serve": ("serve", "Serve a model to OpenAI's clients, with a page to chat at."),
     "bench": ("bench", "Measure how fast a model decodes, way by way, beside what memory allows."),
     "audit": ("audit", "List every nonlinearity that a forward pass really runs."),

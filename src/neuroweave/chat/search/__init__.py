@@ -15,15 +15,25 @@ from neuroweave.chat.search.sources import Provider, SearchError, Source
 if TYPE_CHECKING:
     from neuroweave.chat.search.fetching import Fetcher, with_page_text
     from neuroweave.chat.search.local import LocalFolder
-    from neuroweave.chat.search.providers import SPECS, provider_of
+    from neuroweave.chat.search.providers import SPECS, provider_of, require_search_extra
 
-__all__ = ["SPECS", "Fetcher", "LocalFolder", "Provider", "SearchError", "Source", "provider_of", "with_page_text"]
+__all__ = [
+    "SPECS",
+    "Fetcher",
+    "LocalFolder",
+    "Provider",
+    "SearchError",
+    "Source",
+    "provider_of",
+    "require_search_extra",
+    "with_page_text",
+]
 
 # Imported on first use: each provider needs only what it needs.
 _PLACES = {
     "fetching": ("Fetcher", "with_page_text"),
     "local": ("LocalFolder",),
-    "providers": ("SPECS", "provider_of"),
+    "providers": ("SPECS", "provider_of", "require_search_extra"),
 }
 
 

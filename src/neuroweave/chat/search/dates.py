@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 import re
-from datetime import date as Date
 from email.utils import parsedate_to_datetime
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -14,7 +14,7 @@ MONTH_FIRST = re.compile(r"\b([A-Za-z]{3,9})\.?\s+(\d{1,2})(?:st|nd|rd|th)?,?\s+
 UPDATED = re.compile(r"\blast (?:updated|modified|changed|revised)(?: on)?:?\s+(.{6,40})", re.IGNORECASE)
 
 
-def parse_date(text: str | None) -> Date | None:
+def parse_date(text: str | None) -> datetime.date | None:
     """The day in `2026-05-12T...`, `D:20260512...`, `12 May 2026`, `May 12, 2026` or a mail header's date; None where
     there is none, or none such (a day before a month in figures alone could be either)."""
     text = (text or "").strip()[:200]
@@ -30,15 +30,15 @@ def parse_date(text: str | None) -> Date | None:
         return None
 
 
-def day(year: str, month: str, number: str) -> Date | None:
+def day(year: str, month: str, number: str) -> datetime.date | None:
     try:
         in_year = int(month) if month.isdigit() else MONTHS.index(month[:3].lower()) + 1
-        return Date(int(year), in_year, int(number))
+        return datetime.date(int(year), in_year, int(number))
     except ValueError:
         return None
 
 
-def updated_date(text: str) -> Date | None:
+def updated_date(text: str) -> datetime.date | None:
     """The day of the last "Last updated on ..." in a text."""
     dates = [parse_date(match[1]) for match in UPDATED.finditer(text)]
     return next((found for found in reversed(dates) if found), None)

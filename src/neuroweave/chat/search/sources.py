@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date as Date
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 SHINGLE = 5  # words
@@ -37,10 +37,12 @@ class Source:
     title: str
     address: str
     text: str
-    date: Date | None = None
+    date: datetime.date | None = None
     score: float = 0.0
 
 
+@runtime_checkable
+@runtime_checkable
 class Provider(Protocol):
     """Something that can be asked."""
 
