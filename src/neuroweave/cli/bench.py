@@ -129,9 +129,7 @@ def shares_of(text: str | None) -> list[float]:
         except ValueError:
             share = math.nan
         if not 0 <= share < 1:
-            raise ValueError(
-                f"--sparse takes shares from 0 to below 1, such as 0,0.4; got {part.strip()!r}"
-            )
+            raise ValueError(f"--sparse takes shares from 0 to below 1, such as 0,0.4; got {part.strip()!r}")
         found.append(share)
     return found
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import note
+from neuroweave.cli.console import note, progress
 from neuroweave.cli.writing_options import SEEDS, decoding, loader_of, writing_options
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ OWN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
         help="How many the model reads.  [default: 1, 3 or 6, by its size]",
     ),
+    click.option(
+        "--allow-host",
+        "allow_hosts",
+        multiple=True,
+        metavar="HOST",
+        help="Pages of this host of your own network may be read, such as wiki.lan; may be repeated.",
+    ),
     click.option("--system", metavar="TEXT", help="The system message."),
     click.option("--show-prompt", is_flag=True, help="Print what the model reads, on stderr."),
 )
@@ -37,7 +44,8 @@ def chatting_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_session(
-    model: str, *, search: str | None, passages: int | None, system: str | None, new_tokens: int, dtype: str,
+    model: str, *, search: str | None, passages: int | None, allow_hosts: tuple[str, ...], system: str | None,
+    new_tokens: int, dtype: str,
     device: str, fast: bool, weights: str | None, sparse: float | None, **options: Any,
 ) -> Session:  # fmt: skip
     """Raises ValueError for what does not fit, a search that cannot be opened before the model is loaded."""
@@ -45,7 +53,7 @@ def open_session(
 
     load = loader_of("torch", fast=fast, weights=weights, sparse=sparse)
     chosen = decoding(**options)
-    opened = None if search is None else open_search(search)
+    opened = None if search is None else open_search(search, allow_hosts)
     writer = load(model, dtype=dtype, device=device)
     if not getattr(writer.tokenizer, "chat_template", None):
         note(f"{model} has no chat template: it continues a plain dialogue")
@@ -53,11 +61,15 @@ def open_session(
     return Session(writer, grounding, system, chosen, new_tokens)
 
 
-def open_search(spec: str) -> Callable[[int | None, int], Grounding]:
+def open_search(spec: str, allow_hosts: Sequence[str] = ()) -> Callable[[int | None, int], Grounding]:
+    """What makes a grounding of (passages, parameters). A folder is indexed here, where a person can see it."""
     from neuroweave.chat.grounding import Grounding, passages_for
-    from neuroweave.chat.search import provider_of
+    from neuroweave.chat.search import LocalFolder, provider_of
 
-    provider = provider_of(spec)
+    provider = provider_of(spec, allow_hosts=allow_hosts)
+    if isinstance(provider, LocalFolder):
+        with progress("indexing", unit="file") as show:
+            provider.refresh(progress=show)
     return lambda passages, parameters: Grounding(provider, passages or passages_for(parameters))
 
 

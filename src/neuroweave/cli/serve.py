@@ -35,6 +35,7 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
 @click.argument("model")
 @click.option("--against", metavar="BASE", help="Another model beside it, such as the original.")
 @click.option("--search", metavar="WHERE", help=f"For requests that ask for it: {SEARCHES}.")
+@click.option("--allow-host", "allow_hosts", multiple=True, metavar="HOST", help="As chat takes it; may be repeated.")
 @click.option("--name", metavar="NAME", help="What clients call MODEL by.  [default: the folder's name]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
@@ -53,8 +54,8 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 def command(
-    model: str, against: str | None, search: str | None, name: str | None, host: str, port: int,
-    api_key: str | None, slots: int, requests: int, new_tokens: int, dtype: str, device: str,
+    model: str, against: str | None, search: str | None, allow_hosts: tuple[str, ...], name: str | None, host: str,
+    port: int, api_key: str | None, slots: int, requests: int, new_tokens: int, dtype: str, device: str,
 ) -> None:  # fmt: skip
     require_server()
     from neuroweave.chat.guard import Limits
@@ -65,7 +66,7 @@ def command(
         raise ValueError(f"--host {host} can be reached by others; set {KEY_VARIABLE}, or listen at 127.0.0.1")
     if api_key is not None and not (api_key.isascii() and api_key.strip()):
         raise ValueError("the API key has to be ASCII characters, and not empty")
-    opened = None if search is None else open_search(search)
+    opened = None if search is None else open_search(search, allow_hosts)
     listening = listen(host, port)
     try:
         served = [load(model, name, "model", slots, dtype, device)]

@@ -618,7 +618,7 @@ static void sparse(const Op &op, int start, int stop, Member &me) {
         rows_products(*op.matrix, from, count, op.in, me.rounded, gate);
         activate_segments(op, gate, acted, from, count);
         for (int i = 0; i < count; i++)
-            if (fabsf(acted[i]) > (op.weight ? op.weight[from + i] : 0.0f)) { rows[live] = from + i; factors[live++] = acted[i]; }
+            if (!(fabsf(acted[i]) <= (op.weight ? op.weight[from + i] : 0.0f))) { rows[live] = from + i; factors[live++] = acted[i]; }
         for (int i = 0; i < live; i++) factors[i] *= row_product(*op.matrix2, rows[i], op.in, me.rounded, rows[i + (i + 1 < live)]);
         add_rows(*op.matrix3, rows, factors, live, me.partial.data());
     }

@@ -15,15 +15,11 @@ from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import UnsupportedModelError, decoder_layers, lower
 from neuroweave.runtime.operations import Program
 from neuroweave.runtime.sparse_mlps import sparsify
-from neuroweave.runtime.sparsity import find_thresholds
+from neuroweave.runtime.sparsity import thresholds_on_prose
 from neuroweave.runtime.token_choice import check_sampling, chooser, refuse_unknown
 from neuroweave.runtime.writing import Continuation, Stream, Writer, check_device, load_causal
-from neuroweave.text.documents import documents
-from neuroweave.text.passages import PASSAGE
-from neuroweave.text.sample import draw_sample
 
 WAY_OUT = "leave --fast out"
-CALIBRATION_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,6 @@ def skipped_neurons(model: Any, tokenizer: Any, share: float | None) -> tuple[di
         decoder_layers(model)
     except AttributeError as error:
         raise UnsupportedModelError(f"--sparse is not for a {type(model).__name__}; leave it out") from error
-    texts = documents("calibration")
-    windows = draw_sample(texts, tokenizer, tokens=CALIBRATION_TOKENS, window=256, passage=PASSAGE).windows
-    found = find_thresholds(model, [window.token_ids for window in windows], share)
+    found = thresholds_on_prose(model, tokenizer, share)
     kept = found.worth_it()
     return kept, f", {found.mean_share:.0%} of the neurons skipped, in {len(kept)} of {len(found.shares)} layers"

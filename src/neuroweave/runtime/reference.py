@@ -123,7 +123,7 @@ def sparse_glu(op: of.SparseGlu, state: State) -> None:
     x = read(state, op.source)
     acted = activate(product(x, op.gate), op.segments)
     least = torch.zeros(()) if op.thresholds is None else op.thresholds
-    acted = torch.where(acted.abs() > least, acted, 0)
+    acted = torch.where(acted.abs() <= least, 0, acted)  # NaN stays
     y = (acted * product(x, op.up)) @ op.down.whole()
     write(state, op.out, read(state, op.out) + op.scale * y)
 
