@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from neuroweave.cli.bench import shares_of
 from neuroweave.cli.main import main, program
 from neuroweave.diagnose.decoding_loss import decoding_loss
 from neuroweave.diagnose.speed import BASELINE, formats_of, measure_ways, runtime_way, transformers_way
+from neuroweave.native import build
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "of", "and", "a", "to", "in", "was", "it", "he", "that", "her", "she"]
 
@@ -151,6 +153,60 @@ def test_bench_of_sparse_neurons_reads_less_and_loses_more(folder):
 
 @pytest.mark.parametrize("text", ["1", "-0.1", "half", "0.2,nan"])
 def test_bench_refuses_what_is_no_share(text):
-    with pytest.raises(ValueError, match="--sparse takes shares from 0 to below 1, such as 0,0.4; got"):
+    with pytest.raises(ValueError, match=r"--sparse takes shares from 0 to below 1, such as 0,0\.4; got"):
         shares_of(text)
     assert shares_of(" 0, 0.4,") == [0, 0.4]
+
+
+def test_a_library_that_was_cut_short_is_made_again(folder, tmp_path, monkeypatch, capsys):
+    needs_compiler()
+    monkeypatch.setenv("NEUROWEAVE_CACHE", str(tmp_path))
+    build.built.cache_clear()
+    words = ["generate", str(folder), "--prompt", "the", "--raw", "--fast", "--new-tokens", "4", "--greedy", "--json"]
+    texts = []
+    for _ in range(2):
+        texts.append(json.loads(run(*words))["token_ids"])
+        library = next((tmp_path / "native").glob("*.so"))
+        whole = library.read_bytes()
+        library.unlink()  # the one that is loaded stays as it is
+        library.write_bytes(whole[: len(whole) // 2])
+        build.built.cache_clear()
+    assert texts[0] == texts[1]
+    run(*words)
+    assert len(library.read_bytes()) == len(whole)
+    build.built.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NEUROWEAVE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    build.built.cache_clear()
+    main_and_end("generate", str(folder), "--prompt", "the", "--raw", "--fast", "--new-tokens", "4", "--greedy")
+    assert "not compiled, so slower:" in capsys.readouterr().err
+    monkeypatch.setenv("NEUROWEAVE_NATIVE", "0")  # asked for
+    main_and_end("generate", str(folder), "--prompt", "the", "--raw", "--fast", "--new-tokens", "4", "--greedy")
+    assert "not compiled" not in capsys.readouterr().err
+    build.built.cache_clear()
+
+
+def main_and_end(*words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert not ended.value.code
+
+
+def test_what_cannot_be_written_is_refused(folder, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(broken)
+    for source, prompt, message in [
+        (broken, "the", "its logits are not numbers; neuroweave verify looks at the weights; leave --fast out"),
+        (folder, "a\udcffb", "--prompt: not UTF-8 text (at character 1)"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", str(source), "--prompt", prompt, "--raw", "--fast", "--new-tokens", "4"])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err

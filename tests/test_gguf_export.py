@@ -420,3 +420,14 @@ def test_command(tmp_path):
     assert (report["architecture"], report["type"], report["pre"]) == ("llama", "q4_0", "smollm")
     run = CliRunner().invoke(program, ["export", str(source), "--gguf", str(file), "--force"])
     assert run.stdout.startswith(f"{file}: llama, 0.0 M parameters, q8_0, ")
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "q8_0", "q4_0"])
+def test_weights_that_are_not_finite_are_refused(type, tmp_path):
+    source = make(tmp_path / "model", "llama")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensor 'blk.1.ffn_down.weight' has values that are not finite"):
+        export_gguf(source, tmp_path / "m.gguf", type=type)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -6,9 +6,10 @@ are read as plain text (`prompts.as_text`); the system message stays what it was
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from neuroweave.chat.search import Provider, Source
 from neuroweave.chat.search.queries import match_expression, spaced
 from neuroweave.text.passages import cut
 
-PASSAGE_CHARACTERS = 900
+PASSAGE_CHARACTERS = 1400
 SOURCES = 5  # that are asked for
 RELEVANT = 0.5  # of the question's words that a passage must hold
 FEWEST_CHARACTERS = 160  # to which a passage may be cut
@@ -101,12 +102,15 @@ def search_query(messages: Sequence[Message]) -> str:
 
 
 def best_passages(query: str, sources: Sequence[Source], *, most: int) -> list[Passage]:
-    """Pieces of the sources that answer the query best, the best first; those alone that share enough of its words."""
-    pieces = [(source, text) for source in sources for text in cut(source.text, size=PASSAGE_CHARACTERS)]
+    """The best piece of each source in the provider's order, then their next best; those alone that share enough of the
+    query's words.
+
+    The provider has seen whole documents, so its order stays: ranking all pieces anew had the fact of a question in the
+    first one for 20 of 56 questions on Python's documentation, this for 37.
+    """
     asked = set(content_words(query))
     chosen: list[Passage] = []
-    for place in rank(query, [(source.title, text) for source, text in pieces]):
-        source, text = pieces[place]
+    for source, text in pieces_in_turn(query, sources):
         words = set(content_words(f"{source.title} {text}"))
         if not asked or len(asked & words) / len(asked) < RELEVANT or any(text in each.text for each in chosen):
             continue
@@ -115,6 +119,18 @@ def best_passages(query: str, sources: Sequence[Source], *, most: int) -> list[P
         if len(chosen) == most:
             break
     return chosen
+
+
+def pieces_in_turn(query: str, sources: Sequence[Source]) -> Iterator[tuple[Source, str]]:
+    ranked = []
+    for source in sources:
+        pieces = cut(source.text, size=PASSAGE_CHARACTERS)
+        order = rank(query, [(source.title, piece) for piece in pieces])
+        ranked.append([(source, pieces[place]) for place in order])
+    for turn in itertools.count():
+        if not any(turn < len(each) for each in ranked):
+            return
+        yield from (each[turn] for each in ranked if turn < len(each))
 
 
 def rank(query: str, texts: Sequence[tuple[str, str]]) -> list[int]:

@@ -110,7 +110,7 @@ def interleaved(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def encode(tensor: PlannedTensor) -> np.ndarray:
-    """The tensor's values as its type stores them. Raises ValueError for values that float16 cannot hold."""
+    """The tensor's values as its type stores them. Raises ValueError for values that are not finite, or too large."""
     import numpy as np
 
     gguf = import_gguf()
@@ -120,8 +120,10 @@ def encode(tensor: PlannedTensor) -> np.ndarray:
     parts = []
     for start in range(0, len(table), step):
         block = table[start : start + step]
+        if not np.isfinite(block).all():
+            raise ValueError(f"tensor {tensor.name!r} has values that are not finite; neuroweave verify shows where")
         with np.errstate(over="ignore"):
             parts.append(gguf.quants.quantize(block, tensor.kind))
-        if tensor.kind.name == "F16" and np.isinf(parts[-1]).any() and np.isfinite(block).all():
+        if tensor.kind.name == "F16" and np.isinf(parts[-1]).any():
             raise ValueError(f"tensor {tensor.name!r} has values beyond what float16 holds; choose bf16 or f32")
     return np.concatenate(parts)

@@ -8,6 +8,7 @@ import click
 
 from neuroweave.cli.chatting import chatting_options, notices_of, open_session, seed_of, sources_shown, tell
 from neuroweave.cli.console import json_option, print_json
+from neuroweave.cli.generate import check_utf8
 
 
 @click.command(
@@ -25,6 +26,7 @@ from neuroweave.cli.console import json_option, print_json
 @chatting_options
 @json_option
 def command(model: str, question: str, as_json: bool, show_prompt: bool, seed: int | None, **options: Any) -> None:
+    check_utf8(question, "the question")
     if not question.strip():
         raise ValueError("the question is empty")
     session = open_session(model, **options)

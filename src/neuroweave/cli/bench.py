@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=16), default=64, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=2), default=5, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="[default: as torch has them]")
+@click.option("--threads", type=click.IntRange(1, 256), help="[default: as torch has them]")
 @click.option("--no-cache", "uncached", is_flag=True, help="Also transformers without its cache.")
 @click.option("--compiled", is_flag=True, help="Also transformers' compiled step, which takes minutes to compile.")
 @click.option(

@@ -55,6 +55,8 @@ def open_session(
     chosen = decoding(**options)
     opened = None if search is None else open_search(search, allow_hosts)
     writer = load(model, dtype=dtype, device=device)
+    if writer.notice:
+        note(f"{model}: {writer.notice}")
     if not getattr(writer.tokenizer, "chat_template", None):
         note(f"{model} has no chat template: it continues a plain dialogue")
     grounding = None if opened is None else opened(passages, writer.parameters())

@@ -63,6 +63,8 @@ def command(
     config = writer.settings(chosen, limit, chat=templated)
     seed = random.randrange(SEEDS) if seed is None else seed
     facts = {"chat": templated, "settings": in_use(config), "seed": seed}
+    if writer.notice:
+        note(f"{model}: {writer.notice}")
     if verbose:
         note(f"{model}: {writer.how}; {'chat template' if templated else 'raw text'}")
         note(", ".join(f"{name} {value}" for name, value in in_use(config).items()) + f", seed {seed}")
@@ -70,7 +72,7 @@ def command(
         continuation = writer.write(ids, config, seed=seed, show=show)
     result = report(continuation, len(ids), cut=limit < new_tokens)
     if as_json:
-        print_json({"model": model, "prompt": text, **result, **facts})
+        print_json({"model": model, "prompt": text, "runtime": writer.how, **result, **facts})
     if stats:
         note(summary(result))
     if result["stopped"] == "context" and not as_json:
@@ -115,9 +117,18 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         except UnicodeDecodeError as error:
             raise ValueError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     assert prompt is not None
+    check_utf8(prompt, origin)
     if not prompt.strip():
         raise ValueError(f"{origin}: the prompt is empty; a model needs something to continue")
     return prompt
+
+
+def check_utf8(text: str, origin: str) -> None:
+    """Raise ValueError for an argument whose bytes were no UTF-8: Python hands them on as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{origin}: not UTF-8 text (at character {error.start})") from error
 
 
 def read_bytes(file: Path) -> bytes:

@@ -50,12 +50,24 @@ def built(source: str) -> ctypes.CDLL:
     flags = (*FLAGS, *machine_flags())
     digest = hashlib.sha256("\0".join([source, headers(), compiler, *flags, machine()]).encode()).hexdigest()
     path = cache_folder() / f"{digest[:32]}.so"
-    if not path.is_file():
+    if not intact(path):  # half of a library ends the process that loads it
         compile_to(path, compiler, flags, source)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailableError(f"{path} cannot be loaded ({error}); delete it and try again") from error
+
+
+def intact(path: Path) -> bool:
+    """Whether a library is there as it was made: its SHA-256 lies beside it."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == sum_of(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def sum_of(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def compile_to(path: Path, compiler: str, flags: tuple[str, ...], source: str) -> None:
@@ -69,7 +81,12 @@ def compile_to(path: Path, compiler: str, flags: tuple[str, ...], source: str) -
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
             if done.returncode:
                 raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
+            if not made.is_file():
+                raise NativeUnavailableError(f"{compiler} made no library, and said nothing of it")
+            total = Path(folder, "sum")
+            total.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
             os.replace(made, path)
+            os.replace(total, sum_of(path))
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(f"nothing could be compiled into {path.parent} ({error})") from error
 

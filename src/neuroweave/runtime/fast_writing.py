@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
+from neuroweave.native.build import SWITCH
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import UnsupportedModelError, decoder_layers, lower
 from neuroweave.runtime.operations import Program
@@ -62,7 +64,10 @@ class FastWriter(Writer):
             raise ValueError(f"--dtype {dtype}: the fast runtime computes in float32; --weights rounds the weights")
         model, tokenizer, _ = load_causal(source, "float32", "cpu")
         thresholds, told = skipped_neurons(model, tokenizer, sparse)
-        program = lower(model, format=weights, thresholds=thresholds)
+        try:
+            program = lower(model, format=weights, thresholds=thresholds)
+        except UnsupportedModelError as error:
+            raise ValueError(f"{error}; {WAY_OUT}") from error
         engine = Engine(program, positions=1)
         how = f"fast runtime on cpu, weights {weights}{told}" + (
             "" if engine.compiled else f", in PyTorch: {engine.why_not}"
@@ -73,6 +78,7 @@ class FastWriter(Writer):
             tokenizer,
             how,
             {},
+            "" if engine.compiled or os.environ.get(SWITCH) == "0" else f"not compiled, so slower: {engine.why_not}",
         )
 
     def parameters(self) -> int:

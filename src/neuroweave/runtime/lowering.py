@@ -64,9 +64,7 @@ class Lowering:
         family = (getattr(model.config, "neuroweave", None) or {}).get("base", {}).get("model_type")
         self.family = family or self.config.model_type
         if self.family not in FAMILIES:
-            raise UnsupportedModelError(
-                f"the fast runtime knows {', '.join(FAMILIES)}; this model is {self.family!r}: leave --fast out"
-            )
+            raise UnsupportedModelError(f"the fast runtime knows {', '.join(FAMILIES)}; this model is {self.family!r}")
         own = int(self.config.max_position_embeddings)
         self.positions = own if positions is None else min(own, positions)
         self.operations: list[Operation] = []
@@ -314,6 +312,8 @@ class Lowering:
         expected = self.model(tokens[None].to(self.model.device)).logits[0, -1].float().cpu()
         state = run_reference(program, empty_caches(program, len(tokens)), tokens.tolist(), 0)
         found = read(state, program.logits)[0]
+        if not torch.isfinite(expected).all():
+            raise UnsupportedModelError("its logits are not numbers; neuroweave verify looks at the weights")
         if not torch.allclose(found, expected, rtol=0, atol=CLOSE * float(expected.abs().max())):
             off = float((found - expected).abs().max() / expected.abs().max())
             raise UnsupportedModelError(

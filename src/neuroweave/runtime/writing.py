@@ -76,13 +76,17 @@ class Continuation:
 
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """A model that continues text, its tokenizer, and the arguments of `generate` for a model that drafts."""
+    """A model that continues text, its tokenizer, and the arguments of `generate` for a model that drafts.
+
+    `notice`: what a person should know of how it runs.
+    """
 
     source: str
     model: Any
     tokenizer: Any
     how: str
     drafting: dict[str, Any]
+    notice: str = ""
 
     @classmethod
     def load(cls, source: str, *, assistant: str | None = None, dtype: str = "auto", device: str = "auto") -> Writer:
