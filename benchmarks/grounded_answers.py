@@ -4,8 +4,8 @@
     python benchmarks/grounded_answers.py MODEL docs/usr/share/doc/python3.11/html [--split held-out] [--new 96]
 
 Each question (benchmarks/data/python_docs_questions.json) is asked twice, greedy, in the fast runtime: with what the
-local search finds, and without. An answer has the expected fact if seven in ten of its words are in the answer, in any order;
-"word for word" if the fact stands in it. A second count leaves out words that are in the question already.
+local search finds, and without. An answer has the expected fact if seven in ten of its words are in the answer, in any
+order; "word for word" if the fact stands in it. A second count leaves out words that are in the question already.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 PATIENCE = 60.0  # seconds for one answer
+KEYS = {"Escape": (27, ""), "Enter": (13, "\r"), "Tab": (9, ""), "ArrowRight": (39, "")}  # number, text
+SHIFT = 8
 ABOVE = 20  # file descriptors are first moved up here, so that 3 and 4 are free to be the child's
 
 
@@ -105,16 +107,17 @@ class Chromium:
         return dict(json.loads(message))
 
     def open(
-        self, page: Path, *, width: int = 1280, height: int = 900, scheme: str = "light", scale: float = 1
+        self, page: Path | str, *, width: int = 1280, height: int = 900, scheme: str = "light", scale: float = 1
     ) -> None:
-        """Load a file at this size of window, in the light or the dark scheme, and wait until it is there."""
+        """Load a file or an address at this size of window, in the light or the dark scheme, and wait until it is
+        there."""
         self.events = []
         phone = width < 500
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
@@ -134,9 +137,24 @@ class Chromium:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
-    def press(self, key: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Escape": 27}[key])
+    def press(self, key: str, *, shift: bool = False) -> None:
+        number, text = KEYS[key]
+        for kind, written in (("keyDown", text), ("keyUp", "")):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=number, text=written,
+                modifiers=SHIFT if shift else 0,
+            )  # fmt: skip
+
+    def write(self, text: str) -> None:
+        """Into whatever has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def wait(self, expression: str) -> None:
+        """Until a JavaScript expression counts as true."""
+        end = time.monotonic() + PATIENCE
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"not within {PATIENCE:.0f} s: {expression}"
+            time.sleep(0.02)
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]

@@ -39,7 +39,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--sparse",
         type=click.FloatRange(0, 1, max_open=True),
         metavar="SHARE",
-        help="With --fast: skip this share of MLP neurons, those that add least: less exact; 0: those that are exactly zero.",
+        help="With --fast: skip this share of MLP neurons, those that add least; less exact. 0: exact zeros alone.",
     ),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ..."),
 )
