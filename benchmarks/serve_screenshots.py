@@ -26,9 +26,9 @@ from serving import running  # noqa: E402
 
 NOTES = {
     "moon.md": "# Tides and the Moon\n\n"
-    "Tides are caused by the gravity of the Moon and the Sun. The Moon pulls on the water of the oceans and makes it rise "
-    "on the side that faces it, and on the opposite side. As the Earth turns, each coast passes through two high tides a "
-    "day. Where Sun and Moon pull in one line the tides are highest and are called spring tides.\n",
+    "Tides are caused by the gravity of the Moon and the Sun. The Moon pulls on the water of the oceans and makes it "
+    "rise on the side that faces it, and on the opposite side. As the Earth turns, each coast passes through two high "
+    "tides a day. Where Sun and Moon pull in one line the tides are highest and are called spring tides.\n",
     "coast.md": "# On the coast\n\n"
     "The tides of the sea come twice a day: high tide and low tide. Fishermen know them by heart; what is left on the "
     "sand between them is the food of gulls, crabs and people.\n",

@@ -17,6 +17,7 @@ from serving import Running, running, served
 
 from neuroweave.chat.guard import Limits
 from neuroweave.chat.prompts import PLAIN_STOPS, encode_messages
+from neuroweave.chat.server import shown_name
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a neuron?"}]
 
@@ -324,3 +325,13 @@ def test_divergence_is_kl_of_the_two_models(server: Running) -> None:
     assert "".join(each["token"] for each in found["tokens"]) == answer
     same = {"model": "tiny", "against": "tiny", "messages": ASKED, "answer": answer}
     assert post(server, json.dumps(same).encode(), "/v1/neuroweave/divergence")[1]["mean_kl"] == 0
+
+
+def test_what_a_browser_is_told(server: Running) -> None:
+    with urllib.request.urlopen(server.address, timeout=10) as answer:
+        headers = dict(answer.headers)
+        assert b"<html" in answer.read()
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-cache")
+    assert shown_name("local:/home/someone/notes") == "local:notes"
+    assert shown_name("searxng:http://localhost:8888") == "searxng:http://localhost:8888"

@@ -12,6 +12,17 @@ SPILL = 4 << 20  # bytes beyond the limit that are read all the same: who is sti
 OPEN_PATHS = ("/", "/health", "/static/")  # the page has to load before it can ask for a key
 
 
+HEADERS = (
+    (
+        b"content-security-policy",
+        b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),  # an upgrade brings another page
+)
+
+
 @dataclass(frozen=True)
 class Limits:
     """`body_bytes`, `body_seconds`: of a request's body. `requests`: answered or waiting at once. `new_tokens`: of one
@@ -63,6 +74,11 @@ class Guard:
             return await refuse(send, error)
         sent = False
 
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
         async def replay() -> Any:
             nonlocal sent
             if sent:
@@ -70,7 +86,7 @@ class Guard:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replay, send)
+        await self.app(scope, replay, sending)
 
     def _check(self, scope: Any, headers: dict[str, str]) -> None:
         host = headers.get("host", "")

@@ -106,8 +106,14 @@ def application(
     @app.get("/health")
     async def health() -> dict[str, Any]:
         loads = {each.name: dict(zip(("writing", "waiting"), each.batcher.load(), strict=True)) for each in served}
-        search = grounding.provider.name if grounding else None
-        return {"status": "ok", "requests": server.active, "models": loads, "search": search}
+        search = shown_name(grounding.provider.name) if grounding else None
+        return {
+            "status": "ok",
+            "requests": server.active,
+            "models": loads,
+            "search": search,
+            "new_tokens": limits.new_tokens,
+        }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -141,9 +147,15 @@ def application(
 
         @app.get("/")
         async def page() -> FileResponse:
-            return FileResponse(PAGE / "index.html", headers={"content-security-policy": "default-src 'self'"})
+            return FileResponse(PAGE / "index.html")
 
     return Guard(app, limits=limits, api_key=api_key, hosts=hosts)
+
+
+def shown_name(provider: str) -> str:
+    """A provider's name without the path of its folder: it is told to everybody."""
+    kind, _, value = provider.partition(":")
+    return f"{kind}:{Path(value).name}" if kind == "local" else provider
 
 
 def model_entry(served: Served) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -126,7 +127,7 @@ def load(
     note(f"{name}: {writer.how}, {batcher.slots} texts together")
     if batcher.why_single:
         note(f"{name}: one text at a time ({batcher.why_single})")
-    return Served(name, writer, batcher, role)
+    return Served(name, replace(writer, source=name), batcher, role)  # refusals tell no path
 
 
 def run(app: Any, served: list[Served], listening: socket.socket, host: str) -> None:

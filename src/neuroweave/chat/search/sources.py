@@ -42,7 +42,6 @@ class Source:
 
 
 @runtime_checkable
-@runtime_checkable
 class Provider(Protocol):
     """Something that can be asked."""
 
