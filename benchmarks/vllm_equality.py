@@ -12,7 +12,6 @@ each token of a prompt and the largest there) are compared with one forward pass
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +31,7 @@ ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "block_size": 32}
 CHUNKED = ENGINE | {"max_num_batched_tokens": 16, "max_num_seqs": 8}
 
 
-# ------------------------------------------------------------------------------------------------------ in vLLM's python
+# ---------------------------------------------------------------------------------------------- in vLLM's python
 
 
 def worker(job_file: str, result_file: str) -> None:
@@ -88,16 +86,16 @@ def llama(**settings: Any) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        **dict(
-            vocab_size=211,
-            hidden_size=128,
-            intermediate_size=186,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.08,
-        )
+        **{
+            "vocab_size": 211,
+            "hidden_size": 128,
+            "intermediate_size": 186,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.08,
+        }
         | settings
     )
 
@@ -108,11 +106,11 @@ def family(model_type: str, **settings: Any) -> Callable[[], Any]:
     def build() -> Any:
         from transformers import AutoConfig
 
-        sizes = dict(
-            vocab_size=211, hidden_size=128, intermediate_size=186, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.08,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+        sizes = {
+            "vocab_size": 211, "hidden_size": 128, "intermediate_size": 186, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "initializer_range": 0.08,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
         known = AutoConfig.for_model(model_type)
         return AutoConfig.for_model(model_type, **{k: v for k, v in sizes.items() if hasattr(known, k)} | settings)
 
@@ -123,19 +121,19 @@ def neuroblast(**settings: Any) -> Any:
     from neuroweave.neuroblast import NeuroBlastConfig
 
     return NeuroBlastConfig(
-        **dict(
-            vocab_size=211,
-            hidden_size=64,
-            intermediate_size=160,
-            num_sensory_layers=5,
-            num_associative_layers=6,
-            num_motor_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            initializer_range=0.08,
-        )
+        **{
+            "vocab_size": 211,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_sensory_layers": 5,
+            "num_associative_layers": 6,
+            "num_motor_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.08,
+        }
         | settings
     )
 

@@ -15,8 +15,29 @@ from neuroweave.neuroblast.bundle import MODEL_TYPE as NEUROBLAST
 
 PATCHED_NEUROBLAST = "NeuroweaveNeuroBlastForCausalLM"
 # Families whose patched models were compared with transformers, by log-probabilities: `benchmarks/vllm_equality.py`.
-PROVEN_FAMILIES = tuple(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox olmo2 olmo3 starcoder2 stablelm smollm3 granite cohere glm glm4 helium nemotron".split()
+PROVEN_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "olmo2",
+    "olmo3",
+    "starcoder2",
+    "stablelm",
+    "smollm3",
+    "granite",
+    "cohere",
+    "glm",
+    "glm4",
+    "helium",
+    "nemotron",
 )
 # Rotary scalings whose frequencies change with the length of a sequence: one batch holds many lengths.
 BY_LENGTH = ("dynamic", "longrope")

@@ -73,7 +73,7 @@ class PackedConvolution(MambaBase, nn.Module):
     Every rank computes the whole convolution: each output channel needs all input channels, and so does the norm after.
     """
 
-    is_kv_cache_tp_replicated = True  # type: ignore[assignment]  # a property there
+    is_kv_cache_tp_replicated = True  # a property there
 
     def __init__(self, vllm_config: Any, name: str, dilation: int) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ class NeuroweaveForCausalLM(TransformersForCausalLM):
 
     def _patch_config(self) -> None:
         """The backend builds a model without head, so the head's activation is put on here and not by the plan."""
-        self.config = opened(self.config)
+        self.config: Any = opened(self.config)
         self.text_config = self.config.get_text_config()
         entry = getattr(self.config, KEY)
         inside = [edit for edit in entry["plan"] if edit["path"].startswith(entry["base"]["prefix"])]
