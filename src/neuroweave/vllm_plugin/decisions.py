@@ -16,29 +16,9 @@ from neuroweave.neuroblast.bundle import MODEL_TYPE as NEUROBLAST
 PATCHED_NEUROBLAST = "NeuroweaveNeuroBlastForCausalLM"
 # Families whose patched models were compared with transformers, by log-probabilities: `benchmarks/vllm_equality.py`.
 PROVEN_FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "olmo2",
-    "olmo3",
-    "starcoder2",
-    "stablelm",
-    "smollm3",
-    "granite",
-    "cohere",
-    "glm",
-    "glm4",
-    "helium",
-    "nemotron",
-)
+    "cohere", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "llama", "mistral", "nemotron", "olmo2",
+    "olmo3", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
 # Rotary scalings whose frequencies change with the length of a sequence: one batch holds many lengths.
 BY_LENGTH = ("dynamic", "longrope")
 
@@ -74,6 +54,18 @@ def refusal(config: Any, engine: Engine) -> str | None:
         return (
             f"it is a patched {family!r}; in vLLM, patched models were proven equal to transformers for "
             f"{', '.join(PROVEN_FAMILIES)} alone; `neuroweave serve` serves the others"
+        )
+    return refusal_of_ranks(config, engine) if patched else None
+
+
+def refusal_of_ranks(config: Any, engine: Engine) -> str | None:
+    """A block whose projections have activations is cut without vLLM's fused layer, which can copy heads."""
+    heads = getattr(config.get_text_config(), "num_key_value_heads", None)
+    sites = {site for edit in getattr(config, KEY)["plan"] if edit["op"] == "projection" for site in edit["site"]}
+    if heads and heads % engine.tensor_parallel and any(site.startswith("attention") for site in sites):
+        return (
+            f"its recipe changes the attention's projections, so its {heads} heads of keys and values have to divide "
+            f"among the ranks; tensor_parallel_size {engine.tensor_parallel} does not"
         )
     return None
 

@@ -29,10 +29,12 @@ WHOLE = Shard()
 def on_shard(activation: nn.Module, neurons: int | None, shard: Shard) -> nn.Module:
     """`activation`, made for `neurons` in all, on those of the shard alone; what it is given may be reused.
 
-    A learned mixture keeps the names of its parameters, which take the shard's rows of what is loaded. Raises
-    ValueError where the neurons are not known or do not divide.
+    A learned mixture keeps the names of its parameters, which take the shard's rows of what is loaded. Segments get
+    their sizes, so that they refuse another width. Raises ValueError where the neurons are not known or do not divide.
     """
-    if shard.parts == 1 or isinstance(activation, Activation):
+    if shard.parts == 1 and not (neurons and isinstance(activation, SegmentMixture)):
+        return activation
+    if isinstance(activation, Activation):
         return activation
     if isinstance(activation, NeuronMixture):
         neurons = len(activation.gating_logits)

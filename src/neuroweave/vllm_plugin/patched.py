@@ -126,13 +126,13 @@ class NeuroweaveForCausalLM(TransformersForCausalLM):
 
     def _cut_activations(self, sizes: dict[str, int | None]) -> None:
         """Cut the MLPs' mixtures, where tensor parallelism has cut what comes into them."""
-        for path in self._paths("activation"):
-            parent = self.get_submodule(path.rpartition(".")[0])
-            shards = {self._shard_of(child) for child in parent.children()} - {WHOLE}
-            if shards:
-                name = path.rpartition(".")[2]
-                old = getattr(parent, name)
-                setattr(parent, name, self._on_shard(old, sizes[path.removeprefix("model.")], shards.pop(), path))
+        for path in self._paths("activation") if self.tp_group.world_size > 1 else ():
+            parent, name = self.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            shards = {self._shard_of(layer) for layer in parent.modules()} - {WHOLE}
+            shard = shards.pop() if shards else WHOLE
+            setattr(
+                parent, name, self._on_shard(getattr(parent, name), sizes[path.removeprefix("model.")], shard, path)
+            )
 
     def _on_shard(self, activation: nn.Module, neurons: int | None, shard: Shard, where: str) -> nn.Module:
         if shard.parts > 1 and isinstance(activation, ProjectionPart):
@@ -144,7 +144,9 @@ class NeuroweaveForCausalLM(TransformersForCausalLM):
             raise ValueError(f"{where}: {error}; choose another tensor_parallel_size") from error
 
     def _head_activation(self) -> nn.Module:
-        if not self.head_edits or isinstance(self.lm_head, PPMissingLayer):
+        if isinstance(self.lm_head, PPMissingLayer):
+            return PPMissingLayer()  # as the head itself: nothing is loaded for it
+        if not self.head_edits:
             return nn.Identity()
         [edit] = self.head_edits
         if edit["op"] != "projection" or "before" not in edit or edit.get("after"):
@@ -154,13 +156,10 @@ class NeuroweaveForCausalLM(TransformersForCausalLM):
 
     def _paths(self, *ops: str) -> list[str]:
         """The places of the plan's edits in this rank's part of the model."""
-        found = []
-        for edit in getattr(self.config, KEY)["plan"]:
-            prefix = getattr(self.config, KEY)["base"]["prefix"]
-            for path in (maybe_prefix("model", path.removeprefix(prefix)) for path in paths_of(edit)):
-                if edit["op"] in ops and not self._missing(path):
-                    found.append(path)
-        return found
+        entry = getattr(self.config, KEY)
+        inside = [path for edit in entry["plan"] if edit["op"] in ops for path in paths_of(edit)]
+        paths = [maybe_prefix("model", path.removeprefix(entry["base"]["prefix"])) for path in inside]
+        return [path for path in paths if not self._missing(path)]
 
     def _missing(self, path: str) -> bool:
         """Whether pipeline parallelism has put the layer of this path on another rank."""
