@@ -179,8 +179,9 @@ def test_an_error_is_shown_and_the_chat_goes_on(browser: Chromium, both: Running
 
 
 def test_a_server_that_is_busy_and_one_that_is_gone(browser: Chromium, reciting: Any) -> None:
-    with running([served()], limits=Limits(requests=1)) as server:
+    with running([served()], limits=Limits(requests=1, new_tokens=99)) as server:
         opened(browser, server)
+        assert browser.evaluate("document.querySelector('[name=max_tokens]').value") == "99"  # not what is refused
         other = http.client.HTTPConnection(server.address.removeprefix("http://"))
         content = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True})
         other.request("POST", "/v1/chat/completions", content, {"content-type": "application/json"})
@@ -274,6 +275,15 @@ def test_sources_and_citations(browser: Chromium, reciting: Any) -> None:
         assert browser.evaluate("document.querySelector('.source:has(a) .plain').ariaExpanded") == "true"
         assert browser.evaluate("[typeof window.ran, location.hash]") == ["undefined", ""]
         assert texts(browser, "main :is(script, img)") == []
+        setting(browser, "max_tokens", ENDLESS)
+        reciting("tides and " * 300)  # a sentence is shown when it has ended
+        begin(browser, "Tides of the Moon, again?")
+        browser.wait(f"document.querySelector('{TURN} .facts').textContent === 'Reading …'")
+        browser.click("[name=stop]")
+        browser.wait(READY)
+        assert len(texts(browser, f"{TURN} .source")) == 3  # what it was given to read is known before its end
+        assert texts(browser, f"{TURN} .facts")[0].endswith("stopped")
+        setting(browser, "max_tokens", 5)
         provider.error = SearchError(f"the index is away {HOSTILE}")
         reciting("I do not know.")
         ask(browser, "And tides of the Moon?")

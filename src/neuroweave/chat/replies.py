@@ -62,7 +62,9 @@ class ChatReply(Reply):
         return {"id": f"chatcmpl-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def opening(self, count: int) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": ""}
+        delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        if self.grounded is not None:  # whoever stops the answer has seen what it stands on
+            delta["neuroweave"] = what_was_read(self.grounded)
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in range(count)]
 
     def delta(
@@ -93,12 +95,11 @@ def with_sources(message: dict[str, Any], text: str, grounded: Grounded, citer: 
         for mark in re.finditer(r"\[(\d+)\]", text)
         if int(mark[1]) in by_number
     ]
-    message["neuroweave"] = {
-        "sources": [passage.as_dict() for passage in grounded.passages],
-        "cited": citer.cited,
-        "removed_citations": citer.removed,
-        "notices": grounded.notices,
-    }
+    message["neuroweave"] = what_was_read(grounded) | {"cited": citer.cited, "removed_citations": citer.removed}
+
+
+def what_was_read(grounded: Grounded) -> dict[str, Any]:
+    return {"sources": [passage.as_dict() for passage in grounded.passages], "notices": grounded.notices}
 
 
 def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:

@@ -53,7 +53,7 @@ class Server:
     async def place(self) -> AsyncIterator[None]:
         """Raises ServerError where too many requests are being answered."""
         if self.active >= self.limits.requests:
-            raise ServerError(429, f"{self.active} requests are being answered; try again in a moment")
+            raise ServerError(429, f"this server answers {self.limits.requests} requests at once; try again soon")
         self.active += 1
         try:
             yield

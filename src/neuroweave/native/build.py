@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from neuroweave.user_cache import user_cache
+
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w", "-pthread")
 HEADERS = Path(__file__).parent
 SWITCH = "NEUROWEAVE_NATIVE"  # 0: as if there were no compiler
@@ -49,7 +51,7 @@ def built(source: str) -> ctypes.CDLL:
     compiler = find_compiler()
     flags = (*FLAGS, *machine_flags())
     digest = hashlib.sha256("\0".join([source, headers(), compiler, *flags, machine()]).encode()).hexdigest()
-    path = cache_folder() / f"{digest[:32]}.so"
+    path = user_cache() / "native" / f"{digest[:32]}.so"
     if not intact(path):  # half of a library ends the process that loads it
         compile_to(path, compiler, flags, source)
     try:
@@ -119,9 +121,3 @@ def machine() -> str:
 @functools.cache
 def headers() -> str:
     return "\0".join(path.read_text() for path in sorted(HEADERS.glob("*.h")))
-
-
-def cache_folder() -> Path:
-    """`NEUROWEAVE_CACHE`, or the user's cache folder."""
-    own = os.environ.get("NEUROWEAVE_CACHE")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "neuroweave")) / "native"

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, set_seed
 
 from neuroweave.native.build import SWITCH
 from neuroweave.runtime.engine import Engine
-from neuroweave.runtime.lowering import UnsupportedModelError, decoder_layers, lower
+from neuroweave.runtime.lowering import UnsupportedModelError, lower
 from neuroweave.runtime.operations import Program
 from neuroweave.runtime.sparse_mlps import sparsify
 from neuroweave.runtime.sparsity import thresholds_on_prose
@@ -113,10 +113,6 @@ def skipped_neurons(model: Any, tokenizer: Any, share: float | None) -> tuple[di
     """(thresholds by layer, what to say of them), found on shipped prose."""
     if share is None:
         return {}, ""
-    try:
-        decoder_layers(model)
-    except AttributeError as error:
-        raise UnsupportedModelError(f"--sparse is not for a {type(model).__name__}; leave it out") from error
     found = thresholds_on_prose(model, tokenizer, share)
     kept = found.worth_it()
     return kept, f", {found.mean_share:.0%} of the neurons skipped, in {len(kept)} of {len(found.shares)} layers"

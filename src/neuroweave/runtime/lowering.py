@@ -323,9 +323,14 @@ class Lowering:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers of a model's decoder, in the order in which they run."""
-    core = getattr(model.model, "language_model", model.model)
-    return [core.get_submodule(each.name) for each in core.planned] if hasattr(core, "planned") else list(core.layers)
+    """The layers of a decoder, in the order in which they run. Raises UnsupportedModelError for other models."""
+    core: Any = getattr(model, "model", None)
+    core = getattr(core, "language_model", core)
+    if hasattr(core, "planned"):
+        return [core.get_submodule(each.name) for each in core.planned]
+    if not hasattr(core, "layers"):
+        raise UnsupportedModelError(f"{type(model).__name__} has no decoder layers where Llama and its kin have them")
+    return list(core.layers)
 
 
 def unwrapped(module: Any) -> tuple[Any, nn.Module | None, list[nn.Module]]:

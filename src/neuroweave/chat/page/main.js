@@ -19,14 +19,14 @@ async function start() {
   find("#welcome .problem")?.remove();
   try {
     const [health, models] = await Promise.all([server.get("health"), server.get("v1/models")]);
-    open(models.data, health.search);
+    open(models.data, health);
   } catch (error) {
     find("#welcome").append(problem(error, start));
   }
 }
 
-function open(models, search) {
-  const settings = new Settings(form, models);
+function open(models, { search, new_tokens }) {
+  const settings = new Settings(form, models, new_tokens);
   const pair = ["original", "model"].map((role) => models.find((model) => model.role === role));
   views.chat = new Conversation(server, find("#chat .turns"), settings, changed);
   if (pair.every(Boolean)) views.compare = new Comparison(server, find("#compare .turns"), settings, changed, pair);

@@ -26,6 +26,7 @@ export class Reply {
   draw(options) {
     drawProse(this.prose, this.answer.text, options);
     if (this.answer.text) this.facts.textContent = "";
+    else if (this.answer.grounded) this.facts.textContent = "Reading …"; // the search is over
   }
 
   /** Called once, however the answer ended. `again`: writes it anew. */
@@ -40,7 +41,7 @@ export class Reply {
       this.facts.textContent = facts.join(" · ");
       if (grounded) {
         const notices = noticesOf(grounded).map((notice) => make("p", { class: "notice", dir: "auto", text: notice }));
-        this.facts.before(...notices, ...[sourceCards(grounded, this.id)].filter(Boolean));
+        this.facts.before(...notices, ...[sourceCards(grounded, this.answer.text, this.id)].filter(Boolean));
       }
       if (error) this.element.append(problem(error, again));
       this.element.append(this.actions(error ? null : again));

@@ -3,13 +3,16 @@
 import { make } from "./elements.js";
 
 export class Settings {
-  /** `models`: as the server lists them. */
-  constructor(form, models) {
+  /** `models`: as the server lists them. `newTokens`: of one answer, at most. */
+  constructor(form, models, newTokens) {
     this.form = form;
     this.models = models;
     const choice = form.elements.model;
     choice.replaceChildren(...models.map((model) => make("option", { value: model.id, text: model.id })));
     choice.closest(".field").hidden = models.length < 2;
+    const longest = form.elements.max_tokens;
+    longest.max = newTokens;
+    longest.value = Math.min(newTokens, longest.value || newTokens);
   }
 
   get model() {

@@ -14,10 +14,10 @@ export function webAddress(address) {
   }
 }
 
-/** `prefix`: makes the cards' ids unique on the page. */
-export function sourceCards(grounded, prefix) {
+/** `text`: the answer's, with citations. `prefix`: makes the cards' ids unique on the page. */
+export function sourceCards(grounded, text, prefix) {
   if (!grounded.sources.length) return null;
-  const cards = grounded.sources.map((source) => card(source, grounded.cited.includes(source.number), prefix));
+  const cards = grounded.sources.map((source) => card(source, text.includes(`[${source.number}]`), prefix));
   const heading = make("h4", { text: "Sources" });
   return make("section", { class: "sources", "aria-label": "Sources" }, heading, make("ol", {}, ...cards));
 }
@@ -80,7 +80,7 @@ function cardId(prefix, number) {
 
 /** What a person should know of the search. */
 export function noticesOf(grounded) {
-  const removed = grounded.removed_citations.map((number) => `[${number}]`).join(", ");
+  const removed = (grounded.removed_citations ?? []).map((number) => `[${number}]`).join(", ");
   return [...grounded.notices, ...(removed ? [`Taken out, since it points to no source: ${removed}`] : [])];
 }
 

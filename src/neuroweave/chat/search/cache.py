@@ -17,16 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from neuroweave.chat.search.sources import Source
+from neuroweave.user_cache import user_cache
 
 EXPIRY = 3600.0  # seconds
 ENTRIES = 5_000
 BUSY = 5.0  # seconds to wait for another process
-
-
-def user_cache() -> Path:
-    """`NEUROWEAVE_CACHE`, or the user's cache folder."""
-    own = os.environ.get("NEUROWEAVE_CACHE")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "neuroweave"))
 
 
 class SourceCache:

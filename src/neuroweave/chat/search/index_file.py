@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuroweave.chat.search.cache import user_cache
 from neuroweave.chat.search.passages import Passage
 from neuroweave.chat.search.queries import spaced, unspaced
 from neuroweave.chat.search.sources import SearchError
+from neuroweave.user_cache import user_cache
 
 NAME = ".neuroweave-index.sqlite"
 VERSION = 1  # of the tables, of how text is read and cut; another one is built anew

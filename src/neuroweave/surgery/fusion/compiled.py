@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from neuroweave.checkpoint.embedded import cache_folder
 from neuroweave.surgery.fusion.arithmetic import (
     BFLOAT16,
     BLOCK,
@@ -32,6 +31,7 @@ from neuroweave.surgery.fusion.arithmetic import (
     is_sampled,
     moments_of,
 )
+from neuroweave.user_cache import user_cache
 
 # Bytes of deltas. On 2 cores of an AMD EPYC the compiler takes 0.37 s, once, loading and checking what it made 3 ms;
 # NumPy takes 0.34 s longer than the kernel for 0.4 GB.
@@ -110,7 +110,7 @@ def load(delta_bytes: int) -> Kernel | None:
 
 def _folder() -> Path:
     """Where compiled code is kept. Raises ValueError for a folder that somebody else can write to."""
-    folder = cache_folder(None) / "compiled"
+    folder = user_cache() / "compiled"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
     if state.st_uid != os.geteuid() or state.st_mode & 0o022:
