@@ -480,6 +480,15 @@ def test_specs_that_are_none(spec: str) -> None:
         provider_of(spec)
 
 
+@pytest.mark.parametrize("proxy", ["nonsense", "ftp://host:1", "http://", "http://u:secret@host:99999", "socks5://h:1"])
+def test_proxies_that_are_none(proxy: str) -> None:
+    for spec in ("duckduckgo", "searxng:http://localhost:9"):
+        with pytest.raises(ValueError, match="give one of these") as caught:
+            provider_of(spec, proxy=proxy)
+        assert "secret" not in str(caught.value)
+    provider_of("searxng:http://localhost:9", proxy="http://user:secret@proxy.lan:3128")
+
+
 def test_a_password_in_a_wrong_spec_is_not_shown() -> None:
     with pytest.raises(ValueError, match="not a search provider") as caught:
         provider_of("searx:http://me:secret@localhost/")

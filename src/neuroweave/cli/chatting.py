@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from neuroweave.chat.session import Session, Turn
 
 SEARCHES = "local:FOLDER, searxng:URL, duckduckgo, tavily or brave"
-OWN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+SEARCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--search", metavar="WHERE", help=f"Answer from what is found there: {SEARCHES}."),
     click.option(
         "--passages",
@@ -31,6 +31,11 @@ OWN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="HOST",
         help="Pages of this host of your own network may be read, such as wiki.lan; may be repeated.",
     ),
+    click.option(
+        "--proxy", metavar="URL", help="Searches and pages of the web go through it; none is taken from elsewhere."
+    ),
+)
+OWN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--system", metavar="TEXT", help="The system message."),
     click.option("--show-prompt", is_flag=True, help="Print what the model reads, on stderr."),
 )
@@ -40,20 +45,26 @@ def chatting_options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = writing_options(function)
     for option in reversed(OWN_OPTIONS):
         function = option(function)
+    return search_options(function)
+
+
+def search_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SEARCH_OPTIONS):
+        function = option(function)
     return function
 
 
 def open_session(
-    model: str, *, search: str | None, passages: int | None, allow_hosts: tuple[str, ...], system: str | None,
-    new_tokens: int, dtype: str,
-    device: str, fast: bool, weights: str | None, sparse: float | None, **options: Any,
+    model: str, *, search: str | None, passages: int | None, allow_hosts: tuple[str, ...], proxy: str | None,
+    system: str | None, new_tokens: int, dtype: str, device: str, fast: bool, weights: str | None,
+    sparse: float | None, **options: Any,
 ) -> Session:  # fmt: skip
     """Raises ValueError for what does not fit, a search that cannot be opened before the model is loaded."""
     from neuroweave.chat.session import Session
 
     load = loader_of("torch", fast=fast, weights=weights, sparse=sparse)
     chosen = decoding(**options)
-    opened = None if search is None else open_search(search, allow_hosts)
+    opened = None if search is None else open_search(search, allow_hosts, proxy)
     writer = load(model, dtype=dtype, device=device)
     if writer.notice:
         note(f"{model}: {writer.notice}")
@@ -63,12 +74,12 @@ def open_session(
     return Session(writer, grounding, system, chosen, new_tokens)
 
 
-def open_search(spec: str, allow_hosts: Sequence[str] = ()) -> Callable[[int | None, int], Grounding]:
+def open_search(spec: str, allow_hosts: Sequence[str], proxy: str | None) -> Callable[[int | None, int], Grounding]:
     """What makes a grounding of (passages, parameters). A folder is indexed here, where a person can see it."""
     from neuroweave.chat.grounding import Grounding, passages_for
     from neuroweave.chat.search import LocalFolder, provider_of
 
-    provider = provider_of(spec, allow_hosts=allow_hosts)
+    provider = provider_of(spec, allow_hosts=allow_hosts, proxy=proxy)
     if isinstance(provider, LocalFolder):
         with progress("indexing", unit="file") as show:
             provider.refresh(progress=show)

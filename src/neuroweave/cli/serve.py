@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.chatting import SEARCHES, open_search
+from neuroweave.cli.chatting import open_search, search_options
 from neuroweave.cli.console import found, note
 
 if TYPE_CHECKING:
@@ -31,12 +31,11 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
     {KEY_VARIABLE}=... neuroweave serve MODEL --host 0.0.0.0
 
     Requests are answered together, a token each at a time. /v1/models, /v1/chat/completions and /v1/completions are
-    there. Other addresses than loopback want an API key.""",
+    there. Requests with web_search_options are answered from --search. Other addresses than loopback want a key.""",
 )
 @click.argument("model")
 @click.option("--against", metavar="BASE", help="Another model beside it, such as the original.")
-@click.option("--search", metavar="WHERE", help=f"For requests that ask for it: {SEARCHES}.")
-@click.option("--allow-host", "allow_hosts", multiple=True, metavar="HOST", help="As chat takes it; may be repeated.")
+@search_options
 @click.option("--name", metavar="NAME", help="What clients call MODEL by.  [default: the folder's name]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
@@ -55,8 +54,9 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 def command(
-    model: str, against: str | None, search: str | None, allow_hosts: tuple[str, ...], name: str | None, host: str,
-    port: int, api_key: str | None, slots: int, requests: int, new_tokens: int, dtype: str, device: str,
+    model: str, against: str | None, search: str | None, passages: int | None, allow_hosts: tuple[str, ...],
+    proxy: str | None, name: str | None, host: str, port: int, api_key: str | None, slots: int, requests: int,
+    new_tokens: int, dtype: str, device: str,
 ) -> None:  # fmt: skip
     require_server()
     from neuroweave.chat.guard import Limits
@@ -67,7 +67,7 @@ def command(
         raise ValueError(f"--host {host} can be reached by others; set {KEY_VARIABLE}, or listen at 127.0.0.1")
     if api_key is not None and not (api_key.isascii() and api_key.strip()):
         raise ValueError("the API key has to be ASCII characters, and not empty")
-    opened = None if search is None else open_search(search, allow_hosts)
+    opened = None if search is None else open_search(search, allow_hosts, proxy)
     listening = listen(host, port)
     try:
         served = [load(model, name, "model", slots, dtype, device)]
@@ -75,7 +75,7 @@ def command(
             served.append(load(against, None, "original", slots, dtype, device, taken=served[0].name))
         limits = Limits(requests=requests, new_tokens=new_tokens)
         names = frozenset((*LOOPBACK_NAMES, host)) if loopback else None
-        grounding = None if opened is None else opened(None, served[0].writer.parameters())
+        grounding = None if opened is None else opened(passages, served[0].writer.parameters())
         app = application(served, limits=limits, api_key=api_key, hosts=names, grounding=grounding)
         run(app, served, listening, host)
     finally:

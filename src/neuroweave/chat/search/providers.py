@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -35,8 +36,8 @@ def provider_of(
     The keys of the last two are taken from TAVILY_API_KEY and BRAVE_API_KEY. `pages`: of so many results on the web
     the page is read, in place of the snippet; 0 for none. `allow_hosts`: hosts on the local network whose pages may be
     read, too: `wiki.lan`, `localhost:8080`. `cache`: where answers from the web are kept; the user's by default.
-    `proxy`: to go through. Raises ValueError for what is no provider, a folder that does not exist, a missing key or a
-    missing package. Nothing is asked, and no folder read, before the first search.
+    `proxy`: to go through, http or https. Raises ValueError for what is no provider or proxy, a folder that does not
+    exist, a missing key or a missing package. Nothing is asked, and no folder read, before the first search.
     """
     kind, colon, value = spec.strip().partition(":")
     if kind not in MAKERS:
@@ -44,6 +45,7 @@ def provider_of(
     if bool(colon) != (kind in ("local", "searxng")) or (colon and not value):
         raise ValueError(f"{spec_shown(spec)!r}: not how {kind} is given; give {SPECS}")
     require_search_extra(kind)
+    check_proxy(proxy)
     kept = (cache or SourceCache()) if use_cache else None
     provider = MAKERS[kind](value, kept, proxy)
     if kind == "local" or pages < 1:
@@ -51,6 +53,17 @@ def provider_of(
     from neuroweave.chat.search.fetching import Fetcher, PageProvider
 
     return PageProvider(provider, Fetcher(allow_hosts=allow_hosts, cache=kept, proxy=proxy), pages=pages)
+
+
+def check_proxy(address: str | None) -> None:
+    """Raises ValueError for what is no proxy's address; it is not repeated, since it may hold a password."""
+    try:
+        parts = urlsplit(address or "http://none")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port
+        good = False
+    if not good:
+        raise ValueError("the proxy's address is not http://host:port, nor https://; give one of these")
 
 
 def require_search_extra(kind: str) -> None:
