@@ -14,12 +14,13 @@ from serving import TEMPLATE, served
 from test_generate_cli import byte_tokenizer
 from tiny_llama import tiny_model
 
-from neuroweave.chat.citations import Citer, cite
+from neuroweave.chat.citations import Citer, citations_in, cite
 from neuroweave.chat.grounding import Grounding, asked_with, best_passages, passages_for, search_query
 from neuroweave.chat.prompts import encode_messages
 from neuroweave.chat.search import SearchError, Source
 from neuroweave.chat.session import Session
 from neuroweave.chat.tool_calls import split_calls
+from neuroweave.cli.chat import lines
 from neuroweave.cli.main import program
 
 TOWER = Source(
@@ -59,6 +60,15 @@ ANSWERS = {
     "Yellow bananas. [2] Version 3.5 is out": ("Yellow bananas [2]. Version 3.5 is out", [2], []),
     "- bananas, yellow\n- Eiffel Tower, Paris\n": ("- bananas, yellow [2]\n- Eiffel Tower, Paris [1]\n", [2, 1], []),
     "x[0] and a[i] stay; [10] goes": ("x and a[i] stay; goes", [], [0, 10]),
+    "Bananas: `yellow[7]`, as `fruit` is.": ("Bananas: `yellow[7]`, as `fruit` is [2].", [2], []),
+    "See [1]:\n```python\nbananas = yellow[9]\nfruit[0].\n``\n```\nYellow bananas [8].": (
+        "See: [1]\n```python\nbananas = yellow[9]\nfruit[0].\n``\n```\nYellow bananas [2].", [1, 2], [8],
+    ),
+    "~~~\nyellow bananas [9]\n~~~~\n~~ bananas, yellow": (
+        "~~~\nyellow bananas [9]\n~~~~\n~~ bananas, yellow [2]", [2], [],
+    ),
+    "Yellow bananas are `fruit[1]": ("Yellow bananas are `fruit[1]", [], []),
+    "A `` ` `` in yellow bananas\nis `so": ("A `` ` `` in yellow bananas [2]\nis `so", [2], []),
     "": ("", [], []),
     "[1]": (" [1]", [1], []),
 }  # fmt: skip
@@ -93,6 +103,14 @@ def test_a_stream_is_cited_as_its_whole(seed: int) -> None:
         place += step
     assert text + citer.end() == whole
     assert (citer.cited, citer.removed) == (wanted.cited, wanted.removed)
+
+
+def test_a_sentence_that_was_cut_gets_no_number_of_ours() -> None:
+    citer = Citer(PASSAGES)
+    assert citer.put("Yellow bananas are grown. Yellow bananas") + citer.end(cut=True) == (
+        "Yellow bananas are grown [2]. Yellow bananas"
+    )
+    assert list(citations_in("Yes [2], `a[1]` [3].\n```\n[1]\n```\n[1]", 2)) == [(4, 7, 2), (33, 36, 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------- grounding
@@ -257,8 +275,10 @@ def test_ask_answers_from_a_folder(folder: Path) -> None:
     found = json.loads(done.stdout)
     assert [source["address"].endswith("tower.md") for source in found["sources"]] == [True]
     assert TOWER.text in found["prompt"]
+    assert found["stopped"] == "length"
     plain = run(*common)
     assert plain.exit_code == 0
+    assert "cut at the limit of new tokens" in plain.stderr
     assert "Sources" not in plain.stdout
     text = run(*common, "--search", f"local:{folder / 'docs'}").stdout
     assert "[1] " in text.split("Sources\n")[1]
@@ -268,7 +288,7 @@ def test_a_chat_goes_on_after_what_fails(folder: Path) -> None:
     typed = (
         "How tall is the Eiffel Tower?\n/sources\n\n/nothing\n"
         + "word " * 900
-        + "\nWhich purple dragons sing songs?\n/reset\n/prompt\n/quit\nnever\n"
+        + "\nWhich purple dragons sing songs?\n/prompt\n/reset\n/prompt\n/quit\nnever\n"
     )
     done = run(
         "chat", folder / "model", "--greedy", "--new-tokens", 5, "--search", f"local:{folder / 'docs'}", typed=typed
@@ -280,7 +300,25 @@ def test_a_chat_goes_on_after_what_fails(folder: Path) -> None:
     assert "nothing relevant was found" in done.stderr
     assert "all is forgotten" in done.stderr
     assert "user\nWhich purple dragons sing songs?" in done.stderr
+    assert "nothing was asked yet" in done.stderr
     assert "never" not in done.stderr
+
+
+def test_ctrl_c_at_the_prompt_empties_the_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter([" Hello ", KeyboardInterrupt(), "", "Bye", EOFError()])
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert list(lines()) == ["Hello", "Bye"]
+    assert "Ctrl-D or /quit ends the chat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

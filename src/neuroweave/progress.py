@@ -61,7 +61,8 @@ def progress(
         return Lines(what, total=total, unit=unit, done=done, quiet=quiet)
     from tqdm import tqdm
 
-    return tqdm(desc=what, total=total, initial=done, unit=unit, unit_scale=unit == "B", leave=leave)
+    noun = unit if unit == "B" else f" {unit}s"
+    return tqdm(desc=what, total=total, initial=done, unit=noun, unit_scale=unit == "B", leave=leave)
 
 
 def follow(bar: tqdm | Lines) -> Callable[[int, int], None]:

@@ -1,15 +1,16 @@
 """Numbers after the sentences of an answer that say which source they stand on, put there and checked by code.
 
 A small model that is told to cite does so a quarter of the time, so a sentence without a number gets that of the
-passage that holds most of its words; a number that points to no passage is taken out and counted.
+passage that holds most of its words; a number that points to no passage is taken out and counted. Code stays as it is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from neuroweave.chat.code_spans import CodeSpans, Kind, code_spans
 from neuroweave.chat.search.queries import STOP_WORDS
 
 WORD = re.compile(r"[^\W_]+", re.UNICODE)
@@ -44,19 +45,30 @@ class Citer:
     text: str = ""  # of the sentence so far, as it was given out
     held: str = ""
     numbers: list[int] = field(default_factory=list)  # of the sentence so far
+    spans: CodeSpans = field(default_factory=CodeSpans)
 
     def __post_init__(self) -> None:
         self.words = [frozenset(content_words(passage)) for passage in self.passages]
 
     def put(self, text: str) -> str:
         """What can be shown by now."""
-        self.held += text
-        return self._flow(last=False)
+        return self._take(self.spans.put(text))
 
-    def end(self) -> str:
-        """The rest. The last sentence gets its number even where it does not end."""
-        out = self._flow(last=True)
-        return out + self._marks()
+    def end(self, *, cut: bool = False) -> str:
+        """The rest. The last sentence gets its number even where it does not end, unless it was `cut`."""
+        out = self._take(self.spans.end()) + self._flow(last=True)
+        return out if self.spans.inline or (cut and not self.numbers) else out + self._marks()
+
+    def _take(self, parts: list[tuple[Kind, str]]) -> str:
+        out = ""
+        for kind, text in parts:
+            if kind == "prose":
+                self.held += text
+                out += self._flow(last=False)
+            else:
+                out += self._flow(last=True)
+                out += text if kind == "fence" else self._pass(text)
+        return out
 
     def _flow(self, *, last: bool) -> str:
         out = ""
@@ -115,6 +127,16 @@ class Citer:
         shares = [(len(words & passage) / len(words), -place) for place, passage in enumerate(self.words)]
         share, place = max(shares, default=(0.0, 0))
         return [1 - place] if share >= SHARE and share * len(words) >= FEWEST else []
+
+
+def citations_in(text: str, count: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, number) of each citation of one of `count` passages, outside of code."""
+    place = 0
+    for kind, part in code_spans(text):
+        for mark in re.finditer(r"\[(\d{1,3})\]", part) if kind == "prose" else ():
+            if 1 <= int(mark[1]) <= count:
+                yield place + mark.start(), place + mark.end(), int(mark[1])
+        place += len(part)
 
 
 def cite(answer: str, passages: Sequence[str]) -> tuple[str, Citer]:

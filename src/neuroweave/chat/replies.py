@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neuroweave.chat.answers import TokenText
-from neuroweave.chat.citations import Citer
+from neuroweave.chat.citations import Citer, citations_in
 from neuroweave.chat.grounding import Grounded
 
 
@@ -81,19 +80,18 @@ class ChatReply(Reply):
 
 def with_sources(message: dict[str, Any], text: str, grounded: Grounded, citer: Citer) -> None:
     """Put into a message where its answer stands on what: OpenAI's annotations, and all that was read."""
-    by_number = {passage.number: passage for passage in grounded.passages}
+    passages = {passage.number: passage for passage in grounded.passages}
     message["annotations"] = [
         {
             "type": "url_citation",
             "url_citation": {
-                "start_index": mark.start(),
-                "end_index": mark.end(),
-                "title": by_number[int(mark[1])].title,
-                "url": by_number[int(mark[1])].address,
+                "start_index": start,
+                "end_index": end,
+                "title": passages[number].title,
+                "url": passages[number].address,
             },
         }
-        for mark in re.finditer(r"\[(\d+)\]", text)
-        if int(mark[1]) in by_number
+        for start, end, number in citations_in(text, len(passages))
     ]
     message["neuroweave"] = what_was_read(grounded) | {"cited": citer.cited, "removed_citations": citer.removed}
 

@@ -133,7 +133,7 @@ class Answering:
         async for piece in self._written():
             shown = piece.text
             if self.citer is not None:
-                shown = self.citer.put(shown) + (self.citer.end() if piece.last else "")
+                shown = self.citer.put(shown) + (self.citer.end(cut=piece.last == "length") if piece.last else "")
             self.text += shown
             if not self.tools:
                 yield Piece(shown, piece.tokens, piece.last)

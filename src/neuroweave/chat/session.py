@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,14 @@ from neuroweave.chat.answers import begun, first_stop
 from neuroweave.chat.citations import Citer
 from neuroweave.chat.grounding import Grounded, Grounding, Passage, shortened
 from neuroweave.chat.prompts import PLAIN_STOPS, Message, encode_messages, has_template
-from neuroweave.runtime.writing import Continuation, Writer
+from neuroweave.runtime.writing import Writer
 
 
 @dataclass(frozen=True)
 class Turn:
     """What a question got. `text`: with citations. `passages`: what the model read; `cited`: their numbers that the
-    answer stands on; `removed`: numbers that the model wrote and that point nowhere. `prompt`: all that it read."""
+    answer stands on; `removed`: numbers that the model wrote and that point nowhere. `prompt`: all that it read.
+    `stopped`: why the text ended: `end of text`, `length` (of `new_tokens`) or `context` (it is full)."""
 
     text: str
     passages: list[Passage]
@@ -24,7 +26,7 @@ class Turn:
     removed: list[int]
     notices: list[str]
     prompt: str
-    continuation: Continuation
+    stopped: str
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -33,6 +35,7 @@ class Turn:
             "cited": self.cited,
             "removed_citations": self.removed,
             "notices": self.notices,
+            "stopped": self.stopped,
         }
 
 
@@ -79,25 +82,21 @@ class Session:
         config = self.writer.settings(self.chosen, self.writer.room(ids, self.new_tokens), chat=templated)
         citer = Citer(grounded.texts)
         output = Output(show, citer, () if templated else PLAIN_STOPS)
-        try:
-            continuation = self.writer.write(ids, config, seed=seed, show=output.put)
-            output.end()
-        except Stopped as stopped:
-            output.end()
-            continuation = Continuation([], stopped.text, "stop", 0.0, 0.0, 0)
+        stopped = "end of text"
+        with contextlib.suppress(Stopped):
+            stopped = self.writer.write(ids, config, seed=seed, show=output.put).stopped
+        if stopped == "length" and config.max_new_tokens < self.new_tokens:
+            stopped = "context"
+        output.end(cut=stopped != "end of text")
         self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output.plain.strip()}]
         prompt = str(self.writer.tokenizer.decode(ids))
         return Turn(
-            output.text.strip(), grounded.passages, citer.cited, citer.removed, grounded.notices, prompt, continuation
+            output.text.strip(), grounded.passages, citer.cited, citer.removed, grounded.notices, prompt, stopped
         )
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
-    """A stop string was written; carries the text before it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
+    """A stop string was written."""
 
 
 @dataclass(eq=False)
@@ -119,12 +118,12 @@ class Output:
         given, self.held = self.held[:length], "" if stop is not None else self.held[length:]
         self._give(given)
         if stop is not None:
-            raise Stopped(self.plain)
+            raise Stopped
 
-    def end(self) -> None:
+    def end(self, *, cut: bool = False) -> None:
         self._give(self.held)
         self.held = ""
-        self._show(self.citer.end())
+        self._show(self.citer.end(cut=cut))
 
     def _give(self, text: str) -> None:
         self.plain += text

@@ -28,7 +28,7 @@ HELP = "/reset forgets what was said, /sources shows the last ones, /prompt what
     neuroweave chat MODEL --search searxng:http://localhost:8888
     neuroweave chat MODEL --fast --weights int8
 
-    Ctrl-C stops an answer. Lines that are piped in are questions, one each. In the chat: """
+    Ctrl-C stops an answer or empties the line. Lines that are piped in are questions, one each. In the chat: """
     + HELP
     + ".",
 )
@@ -38,13 +38,14 @@ def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> 
     session = open_session(model, **options)
     seed = seed_of(seed)
     if sys.stdin.isatty():
-        note(f"{session.writer.how}; {HELP}")
+        note(f"{model}: {session.writer.how}\n{HELP}")
     last: Turn | None = None
     for turn, line in enumerate(lines()):
         if line.startswith("/"):
             if line in ("/quit", "/exit"):
                 return
             obey(line, session, last)
+            last = None if line == "/reset" else last
             continue
         try:
             last = session.ask(line, seed=(seed + turn) % 2**32, show=lambda text: click.echo(text, nl=False))
@@ -72,6 +73,12 @@ def lines() -> Iterator[str]:
         except EOFError:
             click.echo()
             return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            click.echo()
+            note("Ctrl-D or /quit ends the chat")
+            continue
         except UnicodeDecodeError as error:
             raise ValueError(f"stdin: not UTF-8 text ({error.reason} at byte {error.start})") from error
         if not line and not sys.stdin.isatty():

@@ -110,4 +110,7 @@ def tell(turn: Turn, *, show_prompt: bool) -> None:
 
 def notices_of(turn: Turn) -> Sequence[str]:
     removed = ", ".join(f"[{number}]" for number in turn.removed)
-    return [*turn.notices, *([f"taken out, since it points to no source: {removed}"] if removed else [])]
+    ends = {"length": "cut at the limit of new tokens; --new-tokens sets it", "context": "cut: the context is full"}
+    cut = ends.get(turn.stopped)
+    taken = f"taken out, since it points to no source: {removed}" if removed else None
+    return [*turn.notices, *filter(None, (taken, cut))]

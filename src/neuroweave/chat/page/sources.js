@@ -17,7 +17,8 @@ export function webAddress(address) {
 /** `text`: the answer's, with citations. `prefix`: makes the cards' ids unique on the page. */
 export function sourceCards(grounded, text, prefix) {
   if (!grounded.sources.length) return null;
-  const cards = grounded.sources.map((source) => card(source, text.includes(`[${source.number}]`), prefix));
+  const cited = grounded.cited ?? [...text.matchAll(/\[(\d{1,3})\]/g)].map((mark) => Number(mark[1])); // it was stopped
+  const cards = grounded.sources.map((source) => card(source, cited.includes(source.number), prefix));
   const heading = make("h4", { text: "Sources" });
   return make("section", { class: "sources", "aria-label": "Sources" }, heading, make("ol", {}, ...cards));
 }
@@ -87,5 +88,7 @@ export function noticesOf(grounded) {
 /** An answer without the numbers that point to sources: what the model is shown of it later. */
 export function withoutCitations(text, grounded) {
   const numbers = new Set((grounded?.sources ?? []).map((source) => source.number));
-  return text.replace(/ ?\[(\d{1,3})\]/g, (mark, number) => (numbers.has(Number(number)) ? "" : mark));
+  const without = (prose) => prose.replace(/ ?\[(\d{1,3})\]/g, (mark, number) => (numbers.has(Number(number)) ? "" : mark));
+  const parts = text.split(/(^\s*```[^]*?(?:^\s*```|$(?![^]))|`[^`\n]*`)/m); // code is every second
+  return parts.map((part, place) => (place % 2 ? part : without(part))).join("");
 }
