@@ -58,6 +58,7 @@ ANSWERS = {
     "It is so [7]. See [2]. And [1, 9]!": ("It is so. See [2]. And [1]!", [2, 1], [7, 9]),
     "A sentence about nothing known here.": ("A sentence about nothing known here.", [], []),
     "Yellow bananas. [2] Version 3.5 is out": ("Yellow bananas [2]. Version 3.5 is out", [2], []),
+    "They say \"bananas are yellow.\" Yes": ("They say \"bananas are yellow.\" [2] Yes", [2], []),
     "- bananas, yellow\n- Eiffel Tower, Paris\n": ("- bananas, yellow [2]\n- Eiffel Tower, Paris [1]\n", [2, 1], []),
     "x[0] and a[i] stay; [10] goes": ("x and a[i] stay; goes", [], [0, 10]),
     "Bananas: `yellow[7]`, as `fruit` is.": ("Bananas: `yellow[7]`, as `fruit` is [2].", [2], []),
@@ -138,6 +139,21 @@ def test_the_best_passages_are_read_and_labelled() -> None:
     assert last.endswith("Question: How tall is the Eiffel Tower?")
     assert f'<source 1: "Eiffel Tower">\n{TOWER.text}\n</source 1>' in last
     assert grounded.notices == []
+
+
+@pytest.mark.parametrize(
+    ("question", "text"),
+    [
+        ("会議はいつ始まりますか", "会議は午後三時に始まります。部屋は二階です。"),
+        ("会议什么时候开始\uff1f", "会议下午三点开始。地点在二楼。"),
+    ],
+)
+def test_languages_without_spaces(question: str, text: str) -> None:
+    shelf = Shelf(Source("料理", "food.txt", "料理は楽しいです。野菜を切ります。"), Source("memo", "memo.txt", text))
+    grounded = Grounding(shelf).ground(ask(question), length=words, room=1000)
+    assert [passage.address for passage in grounded.passages] == ["memo.txt"]
+    first, end, rest = text.partition("。")
+    assert cite(text, ["料理は楽しいです。", text])[0] == f"{first} [2]{end}{rest[:-1]} [2]。"
 
 
 def test_what_was_found_cannot_leave_its_fence_nor_begin_a_message() -> None:
@@ -293,7 +309,7 @@ def test_a_chat_goes_on_after_what_fails(folder: Path) -> None:
     done = run(
         "chat", folder / "model", "--greedy", "--new-tokens", 5, "--search", f"local:{folder / 'docs'}", typed=typed
     )
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 1, done.output  # one has failed, and it is a pipe
     assert done.stdout.count("tower.md") == 2
     assert "/nothing is no command" in done.stderr
     assert "has 512 positions" in done.stderr
@@ -326,6 +342,10 @@ def test_ctrl_c_at_the_prompt_empties_the_line(
     [
         (("ask", "MODEL", " "), "the question is empty"),
         (("ask", "MODEL", "x", "--search", "google"), "google"),
+        (("ask", "MODEL", "x", "--allow-host", "wiki.lan"), "--allow-host is of a search"),
+        (("chat", "/nowhere"), "no such folder"),
+        (("serve", "MODEL", "--against", "/nowhere"), "no such folder"),
+        (("serve", "MODEL", "--passages", "2"), "give --search too"),
         (("ask", "MODEL", "x", "--search", "tavily"), "TAVILY_API_KEY"),
         (("chat", "MODEL", "--search", "local:/nowhere/at/all"), "/nowhere/at/all"),
         (("chat", "MODEL", "--weights", "int8"), "--weights int8 is of the fast runtime"),

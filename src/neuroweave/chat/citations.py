@@ -11,20 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from neuroweave.chat.code_spans import CodeSpans, Kind, code_spans
-from neuroweave.chat.search.queries import STOP_WORDS
+from neuroweave.chat.search.queries import JOINT, STOP_WORDS, units, unspaced
 
+GRAMMAR = re.compile(f"[\u3040-\u309f{JOINT}]+")
 WORD = re.compile(r"[^\W_]+", re.UNICODE)
 NUMBER = re.compile(r"[ \t]*\[(\d{1,3}(?:\s*,\s*\d{1,3})*)\]")
 BEGUN = re.compile(r"[ \t]*\[[\d,\s]{0,16}$|[ \t]+$")  # may turn into a number, or stand before one
-END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s|$)|\n")
+END = re.compile(r"([.!?])([\"'\u201d\u2019)\]]*)(?=\s|$)|([\u3002\uff01\uff1f])([\u300d\u300f\uff09]*)|\n")
 SHARE = 0.6  # of a sentence's words that a passage must hold to be its source
 FEWEST = 2  # words that they must share
 
 
 def content_words(text: str) -> list[str]:
-    """The words of a text that carry it, lower case, plurals cut."""
-    found = (word.lower() for word in WORD.findall(text))
-    return [stem(word) for word in found if word not in STOP_WORDS]
+    """The words of a text that carry it, lower case, plurals cut; of a run of ideographs its pairs, but not those of
+    hiragana, which are grammar for the most part, where there are others."""
+    found = [unit for word in WORD.findall(text.lower()) if word not in STOP_WORDS for unit in units(word)]
+    telling = [unit for unit in found if not GRAMMAR.fullmatch(unit)]
+    return [stem(unspaced(unit)) for unit in telling or found]
 
 
 def stem(word: str) -> str:
@@ -88,7 +91,8 @@ class Citer:
                 if after:
                     self._read(after[1])
                 out += self._pass(self.held[: stop.start()])
-                out += self._marks() + stop[0]
+                closing = stop[2] or stop[4] or ""
+                out += stop[0] + self._marks() if closing else self._marks() + stop[0]
                 self.held = self.held[after.end() if after else stop.end() :]
             else:
                 break

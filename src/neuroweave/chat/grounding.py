@@ -16,7 +16,7 @@ from typing import Any
 from neuroweave.chat.citations import content_words
 from neuroweave.chat.prompts import Message
 from neuroweave.chat.search import Provider, Source
-from neuroweave.chat.search.queries import match_expression, spaced
+from neuroweave.chat.search.queries import IDEOGRAPH, match_expression, spaced
 from neuroweave.text.passages import cut
 
 PASSAGE_CHARACTERS = 1400
@@ -109,10 +109,12 @@ def best_passages(query: str, sources: Sequence[Source], *, most: int) -> list[P
     first one for 20 of 56 questions on Python's documentation, this for 37.
     """
     asked = set(content_words(query))
+    written_together = sum(bool(IDEOGRAPH.match(word)) for word in asked) > len(asked) / 2
+    relevant = RELEVANT / 2 if written_together else RELEVANT  # half of the pairs lie across two words
     chosen: list[Passage] = []
     for source, text in pieces_in_turn(query, sources):
         words = set(content_words(f"{source.title} {text}"))
-        if not asked or len(asked & words) / len(asked) < RELEVANT or any(text in each.text for each in chosen):
+        if not asked or len(asked & words) / len(asked) < relevant or any(text in each.text for each in chosen):
             continue
         date = None if source.date is None else str(source.date)
         chosen.append(Passage(len(chosen) + 1, source.title, source.address, date, text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,14 @@ import click
 
 from neuroweave.cli.chatting import chatting_options, open_session, seed_of, sources_shown, tell
 from neuroweave.cli.console import note
+from neuroweave.cli.generate import check_utf8
 from neuroweave.cli.main import one_line
 
 if TYPE_CHECKING:
     from neuroweave.chat.session import Session, Turn
 
 HELP = "/reset forgets what was said, /sources shows the last ones, /prompt what the model read, /quit ends (or Ctrl-D)"
+COMMAND = re.compile(r"/\w*(\s|$)")  # not a path
 
 
 @click.command(
@@ -28,7 +31,8 @@ HELP = "/reset forgets what was said, /sources shows the last ones, /prompt what
     neuroweave chat MODEL --search searxng:http://localhost:8888
     neuroweave chat MODEL --fast --weights int8
 
-    Ctrl-C stops an answer or empties the line. Lines that are piped in are questions, one each. In the chat: """
+    Ctrl-C stops an answer or empties the line. Lines that are piped in are questions, one each; exits 1 if one of them
+    has failed. In the chat: """
     + HELP
     + ".",
 )
@@ -40,14 +44,16 @@ def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> 
     if sys.stdin.isatty():
         note(f"{model}: {session.writer.how}\n{HELP}")
     last: Turn | None = None
+    failed = False
     for turn, line in enumerate(lines()):
-        if line.startswith("/"):
+        if COMMAND.match(line):
             if line in ("/quit", "/exit"):
-                return
+                break
             obey(line, session, last)
             last = None if line == "/reset" else last
             continue
         try:
+            check_utf8(line, "this line")
             last = session.ask(line, seed=(seed + turn) % 2**32, show=lambda text: click.echo(text, nl=False))
         except KeyboardInterrupt:
             click.echo()
@@ -56,11 +62,16 @@ def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> 
         except ValueError as error:  # the chat goes on
             click.echo()
             note(f"neuroweave: {one_line(str(error))}")
+            failed = True
             continue
         click.echo()
         for source in sources_shown(last):
             click.echo(source)
         tell(last, show_prompt=show_prompt)
+        if not sys.stdin.isatty():
+            click.echo()
+    if failed and not sys.stdin.isatty():
+        raise click.exceptions.Exit(1)
 
 
 def lines() -> Iterator[str]:
@@ -99,5 +110,7 @@ def obey(line: str, session: Session, last: Turn | None) -> None:
                 note("the last answer has no sources")
         case "/prompt":
             note(last.prompt if last else "nothing was asked yet")
+        case "/help":
+            note(HELP)
         case _:
-            note(HELP if line == "/help" else f"{line.split()[0]} is no command; {HELP}")
+            note(f"{line} is no command; {HELP}")

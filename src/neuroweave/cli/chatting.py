@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.console import note, progress
+from neuroweave.checkpoint.loading import check_source
+from neuroweave.cli.console import given, note, progress
 from neuroweave.cli.writing_options import SEEDS, decoding, loader_of, writing_options
 
 if TYPE_CHECKING:
     from neuroweave.chat.grounding import Grounding
     from neuroweave.chat.session import Session, Turn
+    from neuroweave.runtime.writing import Writer
 
 SEARCHES = "local:FOLDER, searxng:URL, duckduckgo, tavily or brave"
 SEARCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -60,30 +62,44 @@ def open_session(
     sparse: float | None, **options: Any,
 ) -> Session:  # fmt: skip
     """Raises ValueError for what does not fit, a search that cannot be opened before the model is loaded."""
-    from neuroweave.chat.session import Session
-
     load = loader_of("torch", fast=fast, weights=weights, sparse=sparse)
     chosen = decoding(**options)
-    opened = None if search is None else open_search(search, allow_hosts, proxy)
+    check_source(model)
+    opened = open_search(search, passages, allow_hosts, proxy)
     writer = load(model, dtype=dtype, device=device)
     if writer.notice:
         note(f"{model}: {writer.notice}")
     if not getattr(writer.tokenizer, "chat_template", None):
         note(f"{model} has no chat template: it continues a plain dialogue")
-    grounding = None if opened is None else opened(passages, writer.parameters())
-    return Session(writer, grounding, system, chosen, new_tokens)
+    from neuroweave.chat.session import Session
+
+    return Session(writer, opened(writer), system, chosen, new_tokens)
 
 
-def open_search(spec: str, allow_hosts: Sequence[str], proxy: str | None) -> Callable[[int | None, int], Grounding]:
-    """What makes a grounding of (passages, parameters). A folder is indexed here, where a person can see it."""
-    from neuroweave.chat.grounding import Grounding, passages_for
+def open_search(
+    spec: str | None, passages: int | None, allow_hosts: Sequence[str], proxy: str | None
+) -> Callable[[Writer], Grounding | None]:
+    """What makes a grounding for a model. A folder is indexed here, where a person can see it.
+
+    Raises ValueError for options of a search without one, and as `provider_of` does.
+    """
+    if spec is None:
+        if unused := given("passages", "allow_hosts", "proxy"):
+            raise ValueError(f"{unused[0]} is of a search; give --search too")
+        return lambda writer: None
     from neuroweave.chat.search import LocalFolder, provider_of
 
     provider = provider_of(spec, allow_hosts=allow_hosts, proxy=proxy)
     if isinstance(provider, LocalFolder):
         with progress("indexing", unit="file") as show:
             provider.refresh(progress=show)
-    return lambda passages, parameters: Grounding(provider, passages or passages_for(parameters))
+
+    def ground(writer: Writer) -> Grounding:
+        from neuroweave.chat.grounding import Grounding, passages_for
+
+        return Grounding(provider, passages or passages_for(writer.parameters()))
+
+    return ground
 
 
 def seed_of(seed: int | None) -> int:

@@ -84,8 +84,8 @@ def counted(number: int, noun: str) -> str:
 def given(*names: str) -> list[str]:
     """Those of the running command's parameters that were typed, as they are typed: `--gamma-cap`."""
     context = click.get_current_context()
-    typed = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    return [as_typed(name) for name in typed]
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    return [options[name] for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def as_typed(parameter: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from neuroweave.checkpoint.loading import check_source
 from neuroweave.cli.chatting import open_search, search_options
 from neuroweave.cli.console import found, note
 
@@ -59,23 +60,25 @@ def command(
     new_tokens: int, dtype: str, device: str,
 ) -> None:  # fmt: skip
     require_server()
-    from neuroweave.chat.guard import Limits
-    from neuroweave.chat.server import application
-
     loopback = is_loopback(host)
     if not loopback and not api_key:
         raise ValueError(f"--host {host} can be reached by others; set {KEY_VARIABLE}, or listen at 127.0.0.1")
     if api_key is not None and not (api_key.isascii() and api_key.strip()):
         raise ValueError("the API key has to be ASCII characters, and not empty")
-    opened = None if search is None else open_search(search, allow_hosts, proxy)
+    for source in filter(None, (model, against)):
+        check_source(source)
+    opened = open_search(search, passages, allow_hosts, proxy)
     listening = listen(host, port)
+    from neuroweave.chat.guard import Limits
+    from neuroweave.chat.server import application
+
     try:
         served = [load(model, name, "model", slots, dtype, device)]
         if against is not None:
             served.append(load(against, None, "original", slots, dtype, device, taken=served[0].name))
         limits = Limits(requests=requests, new_tokens=new_tokens)
         names = frozenset((*LOOPBACK_NAMES, host)) if loopback else None
-        grounding = None if opened is None else opened(passages, served[0].writer.parameters())
+        grounding = opened(served[0].writer)
         app = application(served, limits=limits, api_key=api_key, hosts=names, grounding=grounding)
         run(app, served, listening, host)
     finally:

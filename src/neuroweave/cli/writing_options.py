@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from neuroweave.checkpoint.loading import check_source
 from neuroweave.cli.console import require_jax
 
 if TYPE_CHECKING:
@@ -53,24 +53,31 @@ def writing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loader_of(backend: str, *, fast: bool, weights: str | None, sparse: float | None) -> Callable[..., Writer]:
-    """What loads a model to write with. Raises ValueError where the backend is not installed."""
+    """What loads a model to write with; what is heavy is imported then. Raises ValueError for what does not fit
+    together, and where the backend is not installed."""
     for name, value in (("weights", weights), ("sparse", sparse)):
         if value is not None and not fast:
             raise ValueError(f"--{name} {value} is of the fast runtime; give --fast too")
     if fast and backend != "torch":
         raise ValueError(f"--fast and --backend {backend} are two ways to make tokens; give one of them")
-    if fast:
-        from neuroweave.runtime.fast_writing import FastWriter
+    if backend == "jax":
+        require_jax()
 
-        return functools.partial(FastWriter.load, weights=weights or "float32", sparse=sparse)
-    if backend == "torch":
+    def load(source: str, **how: Any) -> Writer:
+        check_source(source)
+        if fast:
+            from neuroweave.runtime.fast_writing import FastWriter
+
+            return FastWriter.load(source, weights=weights or "float32", sparse=sparse, **how)
+        if backend == "jax":
+            from neuroweave.runtime.jax_writing import JaxWriter
+
+            return JaxWriter.load(source, **how)
         from neuroweave.runtime.writing import Writer
 
-        return Writer.load
-    require_jax()
-    from neuroweave.runtime.jax_writing import JaxWriter
+        return Writer.load(source, **how)
 
-    return JaxWriter.load
+    return load
 
 
 def decoding(

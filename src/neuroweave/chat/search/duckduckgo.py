@@ -37,7 +37,7 @@ class DuckDuckGo:
         except TimeoutException:
             raise TransientError(f"DuckDuckGo does not answer within {SECONDS} s") from None
         except DDGSException as error:
-            raise TransientError(f"DuckDuckGo cannot be reached ({' '.join(str(error).split())[:120]})") from None
+            raise TransientError(f"DuckDuckGo cannot be reached ({str(error).partition(':')[0][:60]})") from None
         except Exception as error:  # of the parser, on a page of another kind
             raise SearchError(f"DuckDuckGo sent a page that cannot be read ({type(error).__name__})") from None
         if results is None:

@@ -13,6 +13,7 @@ from neuroweave.chat.search.dates import parse_date
 from neuroweave.chat.search.documents import Document, Section, clean, one_line
 
 PAGES = 5_000
+UNTITLED = ("untitled", "untitled document", "(anonymous)")  # as programs write it where nobody gave a title
 
 
 def pdf_document(content: bytes, name: str) -> Document:
@@ -42,6 +43,7 @@ def pdf_document(content: bytes, name: str) -> Document:
     title, dates = "", [""]
     with contextlib.suppress(Exception):  # metadata that is not what the format says
         title = one_line(clean(str((metadata and metadata.title) or "")))
+        title = "" if title.casefold() in UNTITLED else title
         dates = [str((metadata and metadata.get(key)) or "") for key in ("/ModDate", "/CreationDate")]
     date = next((day for day in map(parse_date, dates) if day), None)
     warning = f"{broken} of its pages cannot be read" if broken else ""
