@@ -78,6 +78,12 @@ def test_html_without_much() -> None:
     assert read("<title>T</title><h1>Other</h1><p>x").title == "T"
     assert read("<h1>Only</h1><p>x").title == "Only"
     assert read("").sections == ()
+    short = (  # nothing of it is content, to extractors that look for articles
+        '<div class="related" role="navigation">index | next</div><div class="body"><section id="copyright">'
+        '<h1>Copyright<a class="headerlink" href="#copyright">\u00b6</a></h1><p>Python is:</p>'
+        '<p>Copyright \u00a9 2001 Python Software Foundation.</p></section></div><div class="footer">Made by a program</div>'
+    )
+    assert read(short).text == "Copyright\n\nPython is:\n\nCopyright \u00a9 2001 Python Software Foundation."
     marked = "<p>\ue000\u200bhidden marks \x07of\ufeff ours</p>"
     assert "\ue000" not in read(marked).text
     assert "\u200b" not in read(marked).text

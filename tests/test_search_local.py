@@ -366,6 +366,19 @@ def test_a_kill_leaves_a_valid_index_with_what_was_read(tmp_path: Path, place: s
     assert titles(docs, "walrus29") == ["Number 29"]
 
 
+def test_ctrl_c_keeps_what_was_read(tmp_path: Path) -> None:
+    docs = many(tmp_path / "docs", 30)
+
+    def stop(done: int, total: int) -> None:
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LocalFolder(docs).refresh(progress=stop)
+    assert sound(docs) == 17
+    assert LocalFolder(docs).refresh().added == 13
+
+
 def test_two_processes_at_once(tmp_path: Path) -> None:
     docs = many(tmp_path / "docs", 60)
     with child(docs, "") as first, child(docs, "") as second:

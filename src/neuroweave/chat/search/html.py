@@ -29,6 +29,10 @@ CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]+)""", 
 BLOCK = re.compile(r"<h([1-6])>(.*?)</h\1>|<pre>(.*?)</pre>", re.DOTALL)
 TAG = re.compile(r"</?(?:p|ul|ol|li|pre|h[1-6])\b[^>]*>|<br>\n?")
 TERM_CHARACTERS = 120
+ASIDE = [
+    "nav", "header", "footer", "aside", "form", "script", "style", "[role=navigation]", "[role=search]",
+    "[role=banner]", "[role=contentinfo]", ".footer", ".navbar", ".sidebar",
+]  # fmt: skip
 # Newest first: a page that was changed is as new as its change.
 DATE_NAMES = (
     "article:modified_time", "og:updated_time", "last-modified", "dcterms.modified", "datemodified",
@@ -42,9 +46,19 @@ def html_document(content: bytes, name: str, charset: str | None) -> Document:
     declared = CHARSET.search(content, 0, 4096)
     text, warning = decode(content, charset or (declared[1].decode("ascii", "replace") if declared else None))
     tree = HTMLTree.parse(LONE.sub("\\g<0>\u200b", DEFINED.sub(f"\\g<0>{TERM}", text)))
-    plain = extract_plain_text(tree, main_content=True, preserve_formatting="minimal_html", alt_texts=False)
-    sections = tuple(html_sections(plain))
+    sections = tuple(html_sections(plain_text(tree, main=True))) or tuple(html_sections(plain_text(tree, main=False)))
     return Document(page_title(tree, sections) or name, sections, page_date(tree, text), warning)
+
+
+def plain_text(tree: HTMLTree, *, main: bool) -> str:
+    """`main`: what is judged to be the page's content, which is nothing for some short pages; else all but what is
+    marked as navigation."""
+    skipped = None if main else ASIDE
+    return str(
+        extract_plain_text(
+            tree, main_content=main, preserve_formatting="minimal_html", alt_texts=False, skip_elements=skipped
+        )
+    )
 
 
 def html_sections(plain: str) -> Iterator[Section]:

@@ -31,7 +31,8 @@ class LocalFolder:
         self.folder = Path(folder).expanduser().resolve()
         self.name = f"local:{folder}"
         if not self.folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; give a folder of {endings()} files")
+            found = "a file" if self.folder.exists() else "no such folder"
+            raise ValueError(f"{folder}: {found}; give a folder of {endings()} files")
         self._clock = clock
         self._next = 0.0
         self._turn = threading.Lock()

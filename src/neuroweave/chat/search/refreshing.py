@@ -74,18 +74,19 @@ def refresh(folder: Path, index: IndexFile, *, progress: Callable[[int, int], No
     with ReadingProcess() as reader:
         batch: list[Entry] = []
         since = time.monotonic()
-        for at, path in enumerate(doubtful):
-            entry = read_entry(path, files[path], states.get(path), reader)
-            if entry is not None:
-                batch.append(entry)
-                added += path not in states
-                altered += path in states and entry.passages is not None
-            if len(batch) >= BATCH or (batch and time.monotonic() - since > BATCH_SECONDS):
-                index.store(batch)
-                batch, since = [], time.monotonic()
-            if progress is not None:
-                progress(at + 1, len(doubtful))
-        if batch:
+        try:
+            for at, path in enumerate(doubtful):
+                entry = read_entry(path, files[path], states.get(path), reader)
+                if entry is not None:
+                    batch.append(entry)
+                    added += path not in states
+                    altered += path in states and entry.passages is not None
+                if len(batch) >= BATCH or (batch and time.monotonic() - since > BATCH_SECONDS):
+                    index.store(batch)
+                    batch, since = [], time.monotonic()
+                if progress is not None:
+                    progress(at + 1, len(doubtful))
+        finally:  # Ctrl-C
             index.store(batch)
     if added + altered + len(gone) >= TIDIED:
         index.tidy()
