@@ -264,7 +264,7 @@ def test_pieces_are_the_text_of_the_tokens(tokenizer: PreTrainedTokenizerFast, d
 
 
 def test_indents_that_transformers_own_streamer_loses() -> None:
-    """Why `Stream.put` keeps a token: if this fails, transformers has mended it."""
+    """One reason for a `Stream` of our own: if this fails, transformers has mended it."""
     tokenizer = stripping_tokenizer()
     ids = tokenizer("a\n    b", add_special_tokens=False)["input_ids"]
     pieces: list[str] = []
@@ -274,6 +274,23 @@ def test_indents_that_transformers_own_streamer_loses() -> None:
         theirs.put(torch.tensor([token]))
     theirs.end()
     assert "".join(pieces) == "a\n   b"
+
+
+def test_each_character_is_shown_when_it_is_whole() -> None:
+    tokenizer = byte_tokenizer()
+    shown: list[str] = []
+    stream = Stream(tokenizer, lambda text: shown.append(text))
+    stream.put(torch.tensor([tokenizer("x")["input_ids"]]))
+    lengths = []
+    for token in tokenizer("a,-é")["input_ids"]:
+        stream.put(torch.tensor([token]))
+        lengths.append(len("".join(shown)))
+    assert "".join(shown) == "a,-é"
+    assert lengths == [1, 2, 3, 3, 4]
+    stream.put(torch.tensor([tokenizer("é")["input_ids"][0]]))
+    assert "".join(shown) == "a,-é"
+    stream.end()
+    assert "".join(shown) == "a,-é\ufffd"
 
 
 def test_text_is_shown_while_tokens_are_made(folder: Path) -> None:

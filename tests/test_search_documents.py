@@ -81,7 +81,7 @@ def test_html_without_much() -> None:
     short = (  # nothing of it is content, to extractors that look for articles
         '<div class="related" role="navigation">index | next</div><div class="body"><section id="copyright">'
         '<h1>Copyright<a class="headerlink" href="#copyright">\u00b6</a></h1><p>Python is:</p>'
-        '<p>Copyright \u00a9 2001 Python Software Foundation.</p></section></div><div class="footer">Made by a program</div>'
+        '<p>Copyright \u00a9 2001 Python Software Foundation.</p></section></div><div class="footer">By a program</div>'
     )
     assert read(short).text == "Copyright\n\nPython is:\n\nCopyright \u00a9 2001 Python Software Foundation."
     marked = "<p>\ue000\u200bhidden marks \x07of\ufeff ours</p>"

@@ -14,10 +14,13 @@ import openai
 import pytest
 import torch
 from serving import Running, running, served
+from test_generate_cli import stripping_tokenizer
 
+from neuroweave.chat.answers import Assembly
 from neuroweave.chat.guard import Limits
 from neuroweave.chat.prompts import PLAIN_STOPS, encode_messages
 from neuroweave.chat.server import shown_name
+from neuroweave.runtime.batching import Token
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a neuron?"}]
 
@@ -123,6 +126,20 @@ def test_stop_strings_end_a_text_before_they_are_shown(server: Running, client: 
     choices = [chunk.choices[0] for chunk in found] if stream else found.choices
     assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
     assert choices[-1].finish_reason == "stop"
+    if not stream:  # no token is made after the one that ends the stop string
+        tokens = client.completions.create(**settings, logprobs=0).choices[0].logprobs.tokens
+        wanted = next(n for n in range(len(tokens)) if stop in "".join(tokens[:n]))
+        assert found.usage.completion_tokens == wanted
+
+
+def test_a_text_begins_as_it_goes_on_after_its_prompt() -> None:
+    tokenizer = stripping_tokenizer()
+    prompt, new = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("It was", "the"))
+    assembly = Assembly(tokenizer, told=True, prompt=prompt)
+    ends = [None] * (len(new) - 1) + ["length"]
+    pieces = [assembly.put(Token(id, 0.0, (), last=last)) for id, last in zip(new, ends, strict=True)]
+    assert "".join(piece.text for piece in pieces if piece) == " the"
+    assert "".join(token.text for piece in pieces if piece for token in piece.tokens) == " the"
 
 
 def test_completions_of_many_prompts(server: Running, client: openai.OpenAI) -> None:

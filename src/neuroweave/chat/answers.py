@@ -38,6 +38,7 @@ class Assembly:
     tokenizer: PreTrainedTokenizerBase
     stops: Sequence[str] = ()
     told: bool = False  # whether pieces carry their tokens
+    prompt: Sequence[int] = ()
     ids: list[int] = field(default_factory=list)
     text: str = ""  # all that was given out
     held: str = ""
@@ -47,7 +48,7 @@ class Assembly:
     def __post_init__(self) -> None:
         self.fresh: list[str] = []
         self.stream = Stream(self.tokenizer, self.fresh.append)
-        self.stream.put(torch.empty(0, dtype=torch.long))  # the prompt
+        self.stream.put(torch.tensor(list(self.prompt), dtype=torch.long))
 
     def put(self, token: Token) -> Piece | None:
         """The piece that the token completes, if any. After one with `last` there must be no other token."""
@@ -75,7 +76,7 @@ class Assembly:
         return Piece(text, tokens, last)
 
     def _told(self, token: Token) -> TokenText:
-        before = self.ids[-1:]
+        before = self.ids[-1:] or list(self.prompt[-1:])
         best = tuple((shown(self.tokenizer, before, id), logprob) for id, logprob in token.likeliest)
         return TokenText(shown(self.tokenizer, before, token.id), token.logprob, best)
 

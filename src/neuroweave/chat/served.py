@@ -75,7 +75,7 @@ class Served:
         seed = random.getrandbits(63) if request.seed is None else (request.seed + choice) % 2**63
         generator = torch.Generator().manual_seed(seed)
         choose = chooser(config, self.name, generator=generator)
-        assembly = Assembly(self.writer.tokenizer, (*request.stop, *stops), told=told)
+        assembly = Assembly(self.writer.tokenizer, (*request.stop, *stops), told=told, prompt=ids)
         citer = None if passages is None else Citer(passages)
         answering = Answering(assembly, prompt_tokens=len(ids), citer=citer, tools=tools)
         job = Job(

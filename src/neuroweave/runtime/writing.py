@@ -16,50 +16,64 @@ from transformers import (
     AutoConfig,
     GenerationConfig,
     PreTrainedTokenizerBase,
-    TextStreamer,
     set_seed,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.text.sample import encode
 
+REPLACEMENT = "\ufffd"  # of bytes that are not a character yet
 
-class Stream(TextStreamer):
-    """Gives `show` each piece of text as soon as its words are whole, and notes when tokens came.
+
+class Stream(BaseStreamer):
+    """Gives `show` each piece of text as soon as its characters are whole, and notes when tokens came.
 
     The pieces are, put together, the text that the new tokens have after the prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.tokenizer = tokenizer
         self.show = show
         self.started = time.perf_counter()
         self.arrivals: list[tuple[float, int]] = []  # seconds, tokens that came together
         self.pieces: list[str] = []
+        self.begun = False  # whether the prompt has come
+        self.tokens: list[int] = []  # of the last piece, and those after it
+        self.shown = 0  # tokens of the last piece
 
     def put(self, value: Tensor) -> None:
-        if self.next_tokens_are_prompt:
+        tokens = value.flatten().tolist()
+        if not self.begun:
+            self.begun = True
             self.started = time.perf_counter()
-        else:
-            self.arrivals.append((time.perf_counter(), value.numel()))
-        line = list(self.token_cache)
-        super().put(value)
-        if not self.token_cache:  # after the prompt and after each line
-            # Decoders of the Llama 2 kind strip a space from the start of what they are given, so what comes next is
-            # decoded together with the last token that has text, which was shown.
-            self.token_cache, self.print_len = self._last_shown([*line, *value.flatten().tolist()])
+            self.tokens = self._last_with_text(tokens)
+            self.shown = len(self.tokens)
+            return
+        self.arrivals.append((time.perf_counter(), len(tokens)))
+        self.tokens += tokens
+        self._flow(last=False)
 
-    def _last_shown(self, tokens: list[int]) -> tuple[list[int], int]:
-        """The shortest end of `tokens` that has text, and how many characters that is."""
-        for first in range(len(tokens) - 1, -1, -1):
-            if text := str(self.tokenizer.decode(tokens[first:], **self.decode_kwargs)):
-                return tokens[first:], len(text)
-        return [], 0
+    def end(self) -> None:
+        self._flow(last=True)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.pieces.append(text)
-            self.show(text)
+    def _flow(self, *, last: bool) -> None:
+        """Decoders of the Llama 2 kind strip a space from the start of what they are given, so what comes is decoded
+        together with the tokens before it that have text."""
+        before, text = self._decoded(self.tokens[: self.shown]), self._decoded(self.tokens)
+        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and not last):
+            return
+        self.tokens, self.shown = self.tokens[self.shown :], len(self.tokens) - self.shown
+        self.pieces.append(text[len(before) :])
+        self.show(self.pieces[-1])
+
+    def _last_with_text(self, tokens: list[int]) -> list[int]:
+        """The shortest end of `tokens` that has text."""
+        ends = (tokens[first:] for first in range(len(tokens) - 1, -1, -1))
+        return next((end for end in ends if self._decoded(end)), [])
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
