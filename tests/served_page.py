@@ -27,7 +27,7 @@ HOSTILE = "<img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
 class StandIn:
     """A search that always finds the same, or fails."""
 
-    name = "local:/srv/<b>docs"
+    name = "local:<b>docs"
 
     def __init__(self, sources: list[Source]) -> None:
         self.sources = sources

@@ -15,7 +15,7 @@ from tiny_llama import tiny_model
 
 from neuroweave.chat.served import Served
 from neuroweave.chat.server import application
-from neuroweave.cli.serve import listen
+from neuroweave.cli.serve import ending, listen
 from neuroweave.runtime.batching import Batcher
 from neuroweave.runtime.writing import Writer
 
@@ -39,6 +39,7 @@ def served(name: str = "tiny", *, seed: int = 0, role: str = "model", slots: int
 class Running:
     address: str
     served: list[Served]
+    server: uvicorn.Server
 
     def load(self) -> tuple[int, int]:
         loads = [each.batcher.load() for each in self.served]
@@ -56,16 +57,14 @@ class Running:
 def running(models: list[Served], **settings: Any) -> Iterator[Running]:
     listening = listen("127.0.0.1", 0)
     app = application(models, **settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = ending(uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)), models)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", models)
+        yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", models, server)
     finally:
         server.should_exit = True
         thread.join(20)
         listening.close()
-        for each in models:
-            each.batcher.close()

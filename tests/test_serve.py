@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,10 +20,11 @@ from serving import Running, running, served
 from test_generate_cli import stripping_tokenizer
 
 from neuroweave.chat.answers import Assembly
+from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Limits
 from neuroweave.chat.prompts import PLAIN_STOPS, encode_messages
-from neuroweave.chat.server import shown_name
-from neuroweave.runtime.batching import Token
+from neuroweave.chat.search import LocalFolder
+from neuroweave.runtime.batching import ClosedError, Token
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a neuron?"}]
 
@@ -228,6 +232,7 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "top_logprobs alone": (chat_with(top_logprobs=2), 400, "top_logprobs needs logprobs"),
     "JSON answers": (chat_with(response_format={"type": "json_object"}), 400, "only text can"),
     "a search": (chat_with(web_search_options={}), 400, "started without --search"),
+    "half a character": (chat_with(messages=[{"role": "user", "content": "\ud800"}]), 400, "is half of a character"),
     "a bias": (chat_with(logit_bias={"x": 1}), 400, "logit_bias"),
     "a far bias": (chat_with(logit_bias={"99999": 1}), 400, "token 99999 is not one of the model's 400"),
     "too large": (chat_with(user="x" * (1 << 20)), 413, "longer than 1,048,576 bytes"),
@@ -350,5 +355,39 @@ def test_what_a_browser_is_told(server: Running) -> None:
         assert b"<html" in answer.read()
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-cache")
-    assert shown_name("local:/home/someone/notes") == "local:notes"
-    assert shown_name("searxng:http://localhost:8888") == "searxng:http://localhost:8888"
+
+
+def test_nobody_is_told_where_the_documents_lie(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.txt").write_text("Tea is served at three.")
+    grounding = Grounding(LocalFolder(folder))
+    with running([served()], grounding=grounding) as server:
+        assert json.loads(urllib.request.urlopen(f"{server.address}/health").read())["search"] == "local:notes"
+        question = [{"role": "user", "content": "Which dragons sing?"}]
+        told = [post(server, chat_with(messages=question, web_search_options={}))[1]]
+        shutil.rmtree(folder)
+        grounding.provider._next = 0.0
+        told.append(post(server, chat_with(messages=question, web_search_options={}))[1])
+    notices = [each["choices"][0]["message"]["neuroweave"]["notices"][0] for each in told]
+    assert notices[0] == "nothing relevant was found by local:notes; the answer is the model's own"
+    assert notices[1].startswith("notes: ")
+    assert str(tmp_path) not in json.dumps(told)
+
+
+def test_who_is_being_answered_is_told_of_the_end() -> None:
+    settings: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 4000, "logit_bias": {"2": -100}}
+    with running([served()]) as server, openai.OpenAI(base_url=f"{server.address}/v1", api_key="x") as client:
+        stream = client.with_options(max_retries=0).chat.completions.create(**settings, stream=True)
+        next(iter(stream))
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(client.with_options(max_retries=0).chat.completions.create, **settings)
+            while server.load() != (2, 0):
+                time.sleep(0.01)
+            server.server.should_exit = True
+            with pytest.raises(openai.InternalServerError, match="is shutting down"):
+                whole.result()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        with pytest.raises(ClosedError):
+            server.served[0].batcher.run(dict)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuroweave.chat.answers import shown
 from neuroweave.chat.prompts import as_text
-from neuroweave.chat.protocol import ChatMessage
+from neuroweave.chat.protocol import ChatMessage, Text
 from neuroweave.chat.served import Served
 
 ROWS = 64  # distributions that are compared at a time
@@ -25,7 +25,7 @@ class DivergenceRequest(BaseModel):
     model: str
     against: str
     messages: list[ChatMessage] = Field(min_length=1)
-    answer: str = Field(min_length=1)
+    answer: Text = Field(min_length=1)
 
 
 def divergence(model: Served, against: Served, asked: DivergenceRequest) -> dict[str, Any]:

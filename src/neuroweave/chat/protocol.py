@@ -6,13 +6,25 @@ refused; bookkeeping fields are taken and ignored. `top_k`, `min_p` and `repetit
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_STOPS = 16
 MOST_CHOICES = 8
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def encodable(text: str) -> str:
+    """JSON can write down half of a character, which no tokenizer knows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no text: {text[error.start]!a} is half of a character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(encodable)]
 
 
 class Shared(BaseModel):
@@ -33,7 +45,7 @@ class Shared(BaseModel):
     presence_penalty: float = Field(0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field(default_factory=dict)
     n: int = Field(1, ge=1, le=MOST_CHOICES)
-    stop: list[str] = Field(default_factory=list, max_length=MOST_STOPS)
+    stop: list[Text] = Field(default_factory=list, max_length=MOST_STOPS)
     seed: int | None = None
     user: Any = None
     metadata: Any = None
@@ -76,8 +88,8 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | None = None
-    name: str | None = None
+    content: Text | None = None
+    name: Text | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     refusal: Any = None
@@ -140,17 +152,19 @@ class ChatRequest(Shared):
 
 
 class CompletionRequest(Shared):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
-    suffix: None = None
+    suffix: Any = None
     best_of: int | None = None
 
     @model_validator(mode="after")
     def fits(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of other than n is not done here; leave it out")
+        if self.suffix is not None:
+            raise ValueError("suffix is not done here; leave it out")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens 0 makes sense with echo: true alone")
         if not self.prompt:

@@ -9,7 +9,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from neuroweave.chat.divergence import DivergenceRequest, divergence
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Guard, Limits, ServerError
 from neuroweave.chat.protocol import ChatRequest, CompletionRequest, Shared
+from neuroweave.chat.search.discreet import DiscreetProvider
 from neuroweave.chat.served import Served
 from neuroweave.chat.work import Work, chat_work, completion_work, stream, unless_gone, wants_usage, whole
+from neuroweave.runtime.batching import ClosedError
 
 PAGE = Path(__file__).parent / "page"
 SEND_SECONDS = 60.0  # a client that does not read for so long is dropped
@@ -84,12 +86,18 @@ def application(
     """The ASGI application. `hosts`: see `Guard`. `grounding`: for requests that ask for a search."""
     limits = limits or Limits()
     server = Server(served, limits)
+    if grounding is not None:
+        grounding = replace(grounding, provider=DiscreetProvider(grounding.provider))
     app = FastAPI(title="Neuroweave", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(ServerError)
     async def told(_: Request, error: ServerError) -> JSONResponse:
         headers = {"retry-after": "1"} if error.status == 429 else None
         return JSONResponse(error.body(), error.status, headers=headers)
+
+    @app.exception_handler(ClosedError)
+    async def closed(_: Request, error: ClosedError) -> JSONResponse:
+        return JSONResponse(ServerError(503, str(error)).body(), 503)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -106,12 +114,11 @@ def application(
     @app.get("/health")
     async def health() -> dict[str, Any]:
         loads = {each.name: dict(zip(("writing", "waiting"), each.batcher.load(), strict=True)) for each in served}
-        search = shown_name(grounding.provider.name) if grounding else None
         return {
             "status": "ok",
             "requests": server.active,
             "models": loads,
-            "search": search,
+            "search": grounding.provider.name if grounding else None,
             "new_tokens": limits.new_tokens,
         }
 
@@ -145,17 +152,11 @@ def application(
     if PAGE.is_dir():
         app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
-        @app.get("/")
+        @app.api_route("/", methods=["GET", "HEAD"])
         async def page() -> FileResponse:
             return FileResponse(PAGE / "index.html")
 
     return Guard(app, limits=limits, api_key=api_key, hosts=hosts)
-
-
-def shown_name(provider: str) -> str:
-    """A provider's name without the path of its folder: it is told to everybody."""
-    kind, _, value = provider.partition(":")
-    return f"{kind}:{Path(value).name}" if kind == "local" else provider
 
 
 def model_entry(served: Served) -> dict[str, Any]:

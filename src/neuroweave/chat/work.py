@@ -20,6 +20,7 @@ from neuroweave.chat.prompts import takes_tools
 from neuroweave.chat.protocol import ChatRequest, CompletionRequest, Shared
 from neuroweave.chat.replies import ChatReply, Reply, usage, with_sources
 from neuroweave.chat.served import Answering, Served
+from neuroweave.runtime.batching import ClosedError
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ async def stream(
                 yield event(reply.chunk([], usage=usage_of(answers)))
             yield {"data": "[DONE]"}
         except Exception as error:  # the head is out: an error can only be one more event
-            status = 400 if isinstance(error, ValueError) else 500
+            status = 400 if isinstance(error, ValueError) else 503 if isinstance(error, ClosedError) else 500
             yield event(ServerError(status, str(error) or type(error).__name__).body())
 
 

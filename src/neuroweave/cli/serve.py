@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -15,6 +16,8 @@ from neuroweave.cli.chatting import open_search, search_options
 from neuroweave.cli.console import found, note
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from neuroweave.chat.served import Served
 
 KEY_VARIABLE = "NEUROWEAVE_API_KEY"
@@ -143,8 +146,17 @@ def run(app: Any, served: list[Served], listening: socket.socket, host: str) -> 
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     note(f"http://{shown}:{port} is ready; Ctrl-C ends it")
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
+    ending(uvicorn.Server(config), served).run(sockets=[listening])
+
+
+def ending(server: uvicorn.Server, served: list[Served]) -> uvicorn.Server:
+    """The server; when it shuts down, texts that are being written are ended first, so that nobody waits for them."""
+    shutdown = server.shutdown
+
+    async def end(sockets: list[socket.socket] | None = None) -> None:
         for each in served:
-            each.batcher.close()
+            await asyncio.to_thread(each.batcher.close)
+        await shutdown(sockets)
+
+    server.shutdown = end  # type: ignore[method-assign]
+    return server

@@ -66,6 +66,13 @@ class Batch:
         return [len(job.ids) - 1 for job in self.jobs]
 
 
+class ClosedError(RuntimeError):
+    """The batcher writes no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
 class Batcher:
     """A model and the thread that runs it. `slots`: how many texts are written together; `why_single`: why it is one
     for a model whose texts cannot be."""
@@ -86,20 +93,26 @@ class Batcher:
         self.thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises ValueError for an empty text."""
+        """Raises ValueError for an empty text, and ClosedError."""
         if not job.ids:
             raise ValueError(f"there is no token for {self.source} to continue")
         with self.wake:
+            self._check_open()
             self.waiting.append(job)
             self.wake.notify()
 
     def run(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call something that uses the model, on the batcher's thread, between two steps."""
+        """Call something that uses the model, on the batcher's thread, between two steps. Raises ClosedError."""
         future: Future[Any] = Future()
         with self.wake:
+            self._check_open()
             self.errands.append((function, future))
             self.wake.notify()
         return future
+
+    def _check_open(self) -> None:
+        if self.closing:
+            raise ClosedError
 
     def load(self) -> tuple[int, int]:
         """(texts being written or read, texts that wait)"""
@@ -130,7 +143,9 @@ class Batcher:
                 if self.batch.jobs:
                     self._step()
         for job in [*self.batch.jobs, *([self.reading] if self.reading else []), *self.waiting]:
-            job.tell(RuntimeError("the server is shutting down"))
+            job.tell(ClosedError())
+        for _, future in self.errands:
+            future.set_exception(ClosedError())
 
     def _busy(self) -> bool:
         return bool(self.batch.jobs) or self.reading is not None

@@ -33,8 +33,7 @@ function open(models, { search, new_tokens }) {
   find("nav").hidden = !views.compare;
   find("#searching").hidden = search === null;
   find("#searching").title = search ?? "";
-  const place = search?.replace(/^local:.*\/(?=[^/]+\/?$)/, "local:"); // a folder's name is enough
-  find("#searching span").textContent = `Search ${place}`;
+  find("#searching span").textContent = `Search ${search}`;
   find("#served").textContent = models.map((model) => model.id).join(" · ");
   document.title = `${models[0].id} · Neuroweave`;
   const other = views.compare ? `, or compare it with ${pair[0].id}` : "";
