@@ -57,7 +57,7 @@ class Running:
 def running(models: list[Served], **settings: Any) -> Iterator[Running]:
     listening = listen("127.0.0.1", 0)
     app = application(models, **settings)
-    server = ending(uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)), models)
+    server = ending(uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)), app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

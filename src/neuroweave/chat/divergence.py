@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from neuroweave.chat.answers import shown
 from neuroweave.chat.prompts import as_text
 from neuroweave.chat.protocol import ChatMessage, Text
 from neuroweave.chat.served import Served
 
-ROWS = 64  # distributions that are compared at a time
 MOST = 2048  # tokens of an answer
 
 
@@ -43,13 +40,13 @@ def divergence(model: Served, against: Served, asked: DivergenceRequest) -> dict
     ids = prompt + answer
     for each in (model, against):
         each.writer.room(ids[:-1], 1)
-    states = [each.batcher.run(functools.partial(logits_of, each, ids, len(answer))) for each in (model, against)]
-    ours, theirs = (future.result() for future in states)
     kl, logprobs, logprobs_against = [], [], []
-    for start in range(0, len(answer), ROWS):
-        q, p = (rows[start : start + ROWS].float().log_softmax(-1) for rows in (ours, theirs))
+    first = len(prompt) - 1
+    pieces = (each.batcher.logits(ids[:-1], first) for each in (model, against))
+    for (start, ours), (_, theirs) in zip(*pieces, strict=True):
+        q, p = (rows.log_softmax(-1) for rows in (ours, theirs))
         kl += (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
-        place = torch.tensor(answer[start : start + ROWS])[:, None]
+        place = torch.tensor(ids[start + 1 : start + 1 + len(q)])[:, None]
         logprobs += q.gather(1, place)[:, 0].tolist()
         logprobs_against += p.gather(1, place)[:, 0].tolist()
     tokens = [
@@ -57,10 +54,3 @@ def divergence(model: Served, against: Served, asked: DivergenceRequest) -> dict
         for at, k, a, b in zip(range(len(prompt), len(ids)), kl, logprobs, logprobs_against, strict=True)
     ]
     return {"model": model.name, "against": against.name, "mean_kl": sum(kl) / len(kl), "tokens": tokens}
-
-
-def logits_of(served: Served, ids: list[int], count: int) -> Tensor:
-    """[count, V]: what was predicted for each of the last `count` tokens."""
-    model = served.writer.model
-    output = model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=count + 1)
-    return output.logits[0, -count - 1 : -1].cpu()

@@ -6,6 +6,7 @@ are read as plain text (`prompts.as_text`); the system message stays what it was
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 import sqlite3
@@ -159,8 +160,7 @@ def fit(
     only one. None: there is no room for any."""
     while passages:
         chat = [*messages[:-1], {**messages[-1], "content": asked_with(question, passages)}]
-        while length(chat) > room and (shorter := without_oldest(chat)) is not None:
-            chat = shorter
+        chat = shortened(chat, length, room)
         if length(chat) <= room:
             dropped = len(messages) - len(chat)
             notices = [f"{dropped} older messages were left out: the context is {room} tokens"] if dropped else []
@@ -179,17 +179,16 @@ def fit(
 
 def shortened(messages: list[Message], length: Callable[[list[Message]], int], room: int) -> list[Message]:
     """The chat without as many of its oldest turns as have to go. What is still too long is for the model to refuse."""
-    while length(messages) > room and (shorter := without_oldest(messages)) is not None:
-        messages = shorter
-    return messages
-
-
-def without_oldest(messages: list[Message]) -> list[Message] | None:
-    """Without the oldest question and what answered it; the system message and the last question stay."""
     users = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    if len(users) < 2:
-        return None
-    return [*messages[: users[0]], *messages[users[1] :]]
+    if not users or length(messages) <= room:
+        return messages
+
+    def without(turns: int) -> list[Message]:
+        """The system message and the last question stay."""
+        return [*messages[: users[0]], *messages[users[turns] :]]
+
+    turns = bisect.bisect_left(range(1, len(users) - 1), True, key=lambda turns: length(without(turns)) <= room) + 1
+    return without(min(turns, len(users) - 1))
 
 
 def asked_with(question: str, passages: Sequence[Passage]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +27,13 @@ HEADERS = (
 @dataclass(frozen=True)
 class Limits:
     """`body_bytes`, `body_seconds`: of a request's body. `requests`: answered or waiting at once. `new_tokens`: of one
-    answer, also where a request names none."""
+    answer, also where a request names none. `texts`: of one request."""
 
     body_bytes: int = 1 << 20
     body_seconds: float = 20.0
     requests: int = 64
     new_tokens: int = 4096
+    texts: int = 256
 
 
 class ServerError(Exception):
@@ -60,8 +62,11 @@ class Guard:
     a name of its own; None: any.
     """
 
-    def __init__(self, app: Any, *, limits: Limits, api_key: str | None, hosts: frozenset[str] | None) -> None:
-        self.app, self.limits, self.api_key, self.hosts = app, limits, api_key, hosts
+    def __init__(
+        self, app: Any, *, limits: Limits, api_key: str | None, hosts: frozenset[str] | None,
+        end: Callable[[], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        self.app, self.limits, self.api_key, self.hosts, self.end = app, limits, api_key, hosts, end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

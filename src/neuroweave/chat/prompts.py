@@ -7,19 +7,25 @@ characters that they are.
 
 from __future__ import annotations
 
+import functools
 import re
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from neuroweave.text.tokens import start_tokens
 
 Message = dict[str, Any]  # role, content, and what a template may want besides
 PLAIN_ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-PLAIN_STOPS = ("\nUser:", "\nSystem:")  # where a model without a template has begun to write for others
-MARK = "\ue000{}\ue001"  # stands for a content while the template is filled in; private use: no text has it
+PLAIN_STOPS = (
+    "\nUser:",
+    "\nSystem:",
+    "<source ",
+    "</source ",
+)  # where a model without a template has begun to write for others
+MARK = "\ue000{}:{}\ue001"  # private use, and a word that nobody can guess
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -45,12 +51,13 @@ def encode_messages(
     texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
     if control is None or not any(control.search(text) for text in texts):
         return list(filled_in(tokenizer, messages, tools, tokenize=True))
+    mark = MARK.format(secrets.token_hex(8), "{}")  # stands for a content while the template is filled in
     marked = [
-        {**message, "content": MARK.format(number)} if isinstance(message.get("content"), str) else message
+        {**message, "content": mark.format(number)} if isinstance(message.get("content"), str) else message
         for number, message in enumerate(messages)
     ]
     ids: list[int] = []
-    for place, piece in enumerate(re.split(MARK.format(r"(\d+)"), filled_in(tokenizer, marked, tools, tokenize=False))):
+    for place, piece in enumerate(re.split(mark.format(r"(\d+)"), filled_in(tokenizer, marked, tools, tokenize=False))):
         ids += as_text(tokenizer, messages[int(piece)]["content"]) if place % 2 else as_template(tokenizer, piece)
     return ids
 
@@ -60,13 +67,9 @@ def filled_in(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], t
         return tokenizer.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=True, tokenize=tokenize, return_dict=False
         )
-    except (
-        TemplateError,
-        TypeError,
-        KeyError,
-        IndexError,
-    ) as error:  # of templates
-        raise ValueError(f"the model's chat template refuses this chat ({error})") from error
+    except Exception as error:  # a template is somebody's program
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the model's chat template refuses this chat ({reason})") from error
 
 
 def plain_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -81,14 +84,23 @@ def as_template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text of which no part is taken for a control token."""
-    control, ids = control_pattern(tokenizer), []
-    while control and (match := control.search(text)):
-        ids += as_template(tokenizer, text[: match.start()]) + as_template(tokenizer, match[0][0])
-        text = text[match.start() + 1 :]  # its rest may be the start of another one
-    return ids + as_template(tokenizer, text)
+    control, pieces, place = control_pattern(tokenizer), [], 0
+    while control and (match := control.search(text, place)):
+        pieces += [text[place : match.start()], match[0][0]]
+        place = match.start() + 1  # its rest may be the start of another one
+    pieces = [piece for piece in (*pieces, text[place:]) if piece]
+    if not pieces:
+        return []
+    return [id for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for id in ids]
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """What the tokenizer takes for an added token wherever it stands, be it marked as special or not."""
+    return pattern_of(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def pattern_of(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
+    """`size`: of the vocabulary, which may grow."""
     words = [str(token) for token in tokenizer.get_added_vocab() if len(str(token)) > 1 and str(token).strip()]
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True)))) if words else None

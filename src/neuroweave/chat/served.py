@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,10 +64,10 @@ class Served:
     def answer(
         self, ids: list[int], config: GenerationConfig, request: Shared, *,
         choice: int = 0, stops: tuple[str, ...] = (), told: bool = False, likeliest: int = 0, nothing: bool = False,
-        passages: Sequence[str] | None = None, tools: bool = False,
+        passages: Sequence[str] | None = None, tools: bool = False, owner: object = None,
     ) -> Answering:  # fmt: skip
         """Begin to continue `ids`; the `choice` moves the seed on; `nothing`: no token is to be written;
-        `passages`: what is to be cited; `tools`: the text may hold calls of them, and comes whole.
+        `passages`: what is to be cited; `tools`: the text may hold calls of them, and comes whole; `owner`: see `Job`.
 
         Has to be called where an event loop runs.
         """
@@ -85,6 +84,7 @@ class Served:
             adjusted(choose, request, len(ids)),
             answering.hear,
             likeliest=likeliest,
+            owner=owner,
         )
         answering.job = job
         if nothing:
@@ -162,18 +162,19 @@ def adjusted(
     choose: Callable[[list[int], Tensor], int], request: Shared, prompt: int
 ) -> Callable[[list[int], Tensor], int]:
     """With OpenAI's penalties for tokens that were written already, and biases."""
-    biases = {int(token): bias for token, bias in request.logit_bias.items()}
-    if not biases and not request.frequency_penalty and not request.presence_penalty:
+    biased = torch.tensor([int(token) for token in request.logit_bias], dtype=torch.long)
+    biases = torch.tensor(list(request.logit_bias.values()), dtype=torch.float32)
+    penalized = bool(request.frequency_penalty or request.presence_penalty)
+    if not len(biased) and not penalized:
         return choose
 
     def choose_adjusted(text: list[int], logits: Tensor) -> int:
-        scores = logits.clone()
-        for token, bias in biases.items():
-            if token >= len(scores):
-                raise ValueError(f"logit_bias: token {token} is not one of the model's {len(scores)}")
-            scores[token] += bias
-        for token, count in Counter(text[prompt:]).items():
-            scores[token] -= request.frequency_penalty * count + request.presence_penalty
+        if len(biased) and (largest := int(biased.max())) >= len(logits):
+            raise ValueError(f"logit_bias: token {largest} is not one of the model's {len(logits)}")
+        scores = logits.index_add(0, biased, biases)
+        if penalized:
+            tokens, counts = torch.tensor(text[prompt:], dtype=torch.long).unique(return_counts=True)
+            scores[tokens] -= request.frequency_penalty * counts + request.presence_penalty
         return choose(text, scores)
 
     return choose_adjusted

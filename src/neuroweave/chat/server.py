@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Server:
     served: Sequence[Served]
     limits: Limits
     active: int = 0
+    preparing: set[asyncio.Future[Work]] = field(default_factory=set)
 
     def of(self, name: str | None) -> Served:
         """Raises ServerError for a model that is not served."""
@@ -62,13 +64,42 @@ class Server:
         finally:
             self.active -= 1
 
+    async def prepared(self, prepare: Callable[[], Work]) -> Work:
+        """In a thread of its own, which no search can keep from others, nor the server from ending."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[Work] = loop.create_future()
+
+        def work() -> None:
+            try:
+                result = prepare()
+                settle = functools.partial(found.set_result, result)
+            except Exception as error:
+                settle = functools.partial(found.set_exception, error)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: None if found.done() else settle())
+
+        self.preparing.add(found)
+        try:
+            threading.Thread(target=work, name="preparing", daemon=True).start()
+            return await found
+        finally:
+            self.preparing.discard(found)
+
+    async def end(self) -> None:
+        """Tell all who are being answered that nothing more comes."""
+        for found in self.preparing:
+            if not found.done():
+                found.set_exception(ClosedError())
+        for each in self.served:
+            await asyncio.to_thread(each.batcher.close)
+
     async def reply(self, request: Request, asked: Shared, prepare: Callable[[], Work]) -> Any:
         """Raises ServerError for what `prepare` refuses with a ValueError."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.place())
             try:
-                work = await asyncio.to_thread(prepare)
-                answers = [begin() for begin in work.begin]
+                work = await self.prepared(prepare)
+                answers = [begin(owner=work) for begin in work.begin]
                 for each in answers:
                     stack.callback(each.cancel)
                 if not asked.stream:
@@ -82,8 +113,9 @@ class Server:
 def application(
     served: Sequence[Served], *, limits: Limits | None = None, api_key: str | None = None,
     hosts: frozenset[str] | None = None, grounding: Grounding | None = None,
-) -> Any:  # fmt: skip
-    """The ASGI application. `hosts`: see `Guard`. `grounding`: for requests that ask for a search."""
+) -> Guard:  # fmt: skip
+    """The ASGI application; `await end()` ends what it is doing. `hosts`: see `Guard`. `grounding`: for requests that
+    ask for a search."""
     limits = limits or Limits()
     server = Server(served, limits)
     if grounding is not None:
@@ -156,7 +188,7 @@ def application(
         async def page() -> FileResponse:
             return FileResponse(PAGE / "index.html")
 
-    return Guard(app, limits=limits, api_key=api_key, hosts=hosts)
+    return Guard(app, limits=limits, api_key=api_key, hosts=hosts, end=server.end)
 
 
 def model_entry(served: Served) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Output:
             raise Stopped
 
     def end(self, *, cut: bool = False) -> None:
-        self._give(self.held)
+        self._give("" if cut else self.held)  # what is held may be the beginning of a stop string
         self.held = ""
         self._show(self.citer.end(cut=cut))
 

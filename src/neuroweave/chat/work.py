@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fastapi import Request
+from torch import Tensor
 
 from neuroweave.chat.answers import Piece, TokenText, shown
 from neuroweave.chat.grounding import Grounding
@@ -28,7 +28,7 @@ class Work:
     """What begins each of the texts, and the reply that they are parts of."""
 
     reply: Reply
-    begin: tuple[Callable[[], Answering], ...]
+    begin: tuple[Callable[..., Answering], ...]  # of (owner=)
 
 
 def chat_work(served: Served, asked: ChatRequest, limits: Limits, grounding: Grounding | None) -> Work:
@@ -63,10 +63,13 @@ def chat_work(served: Served, asked: ChatRequest, limits: Limits, grounding: Gro
 
 def completion_work(served: Served, asked: CompletionRequest, limits: Limits) -> Work:
     """A text for each prompt and choice, in that order. Raises ValueError for what cannot be answered."""
-    begin: list[Callable[[], Answering]] = []
+    begin: list[Callable[..., Answering]] = []
     prefix = []
-    for prompt in asked.prompts():
-        ids = served.writer.encode(prompt, chat=False)[0] if isinstance(prompt, str) else known(served, prompt)
+    prompts = asked.prompts()
+    if (texts := len(prompts) * asked.n) > limits.texts:
+        raise ValueError(f"{texts:,} texts in one request; this server writes at most {limits.texts}")
+    for prompt in prompts:
+        ids = served.writer.encode(prompt, chat=False)[0] if isinstance(prompt, str) else prompt
         config = served.settings(asked, ids, allowed(asked.max_tokens, limits), chat=False)
         one = functools.partial(
             served.answer, ids, config, asked,
@@ -84,14 +87,6 @@ def allowed(new_tokens: int | None, limits: Limits) -> int:
     return limits.new_tokens if new_tokens is None else max(1, new_tokens)
 
 
-def known(served: Served, ids: list[int]) -> list[int]:
-    """Raises ValueError for numbers that are not the model's tokens."""
-    rows = served.writer.model.get_input_embeddings().weight.shape[0]
-    if strange := [id for id in ids if not 0 <= id < rows]:
-        raise ValueError(f"prompt: token {strange[0]} is not one of the model's {rows:,}")
-    return ids
-
-
 def echoed(
     served: Served, ids: list[int], prompt: str | list[int], likeliest: int | None
 ) -> tuple[str, tuple[TokenText, ...]]:
@@ -101,19 +96,15 @@ def echoed(
         return str(text), ()
     show = functools.partial(shown, served.writer.tokenizer)
 
-    def score() -> tuple[TokenText, ...]:
-        model = served.writer.model
-        rows = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu()
-        found = [TokenText(show([], ids[0]), None)]
-        for before, id, row in zip(ids, ids[1:], rows, strict=False):
-            best = row.topk(likeliest) if likeliest else None
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
-            found.append(
-                TokenText(show([before], id), float(row[id]), tuple((show([before], other), p) for other, p in pairs))
-            )
-        return tuple(found)
+    def told(before: int, id: int, row: Tensor) -> TokenText:
+        best = row.topk(likeliest) if likeliest else None
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
+        return TokenText(show([before], id), float(row[id]), tuple((show([before], other), p) for other, p in pairs))
 
-    return str(text), served.batcher.run(score).result()
+    found = [TokenText(show([], ids[0]), None)]
+    for place, rows in served.batcher.logits(ids):
+        found += map(told, ids[place:], ids[place + 1 :], rows.log_softmax(-1))
+    return str(text), tuple(found)
 
 
 # ------------------------------------------------------------------------------------------------------------ replies

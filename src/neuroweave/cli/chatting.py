@@ -31,7 +31,7 @@ SEARCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "allow_hosts",
         multiple=True,
         metavar="HOST",
-        help="Pages of this host of your own network may be read, such as wiki.lan; may be repeated.",
+        help="Pages of this host of your own network may be read, such as wiki.lan or wiki.lan:8080; may be repeated.",
     ),
     click.option(
         "--proxy", metavar="URL", help="Searches and pages of the web go through it; none is taken from elsewhere."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import os
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +17,7 @@ from neuroweave.cli.console import found, note
 if TYPE_CHECKING:
     import uvicorn
 
+    from neuroweave.chat.guard import Guard
     from neuroweave.chat.served import Served
 
 KEY_VARIABLE = "NEUROWEAVE_API_KEY"
@@ -83,7 +83,7 @@ def command(
         names = frozenset((*LOOPBACK_NAMES, host)) if loopback else None
         grounding = opened(served[0].writer)
         app = application(served, limits=limits, api_key=api_key, hosts=names, grounding=grounding)
-        run(app, served, listening, host)
+        run(app, listening, host)
     finally:
         listening.close()
 
@@ -136,7 +136,7 @@ def load(
     return Served(name, replace(writer, source=name), batcher, role)  # refusals tell no path
 
 
-def run(app: Any, served: list[Served], listening: socket.socket, host: str) -> None:
+def run(app: Guard, listening: socket.socket, host: str) -> None:
     import uvicorn
 
     port = listening.getsockname()[1]
@@ -146,16 +146,15 @@ def run(app: Any, served: list[Served], listening: socket.socket, host: str) -> 
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     note(f"http://{shown}:{port} is ready; Ctrl-C ends it")
-    ending(uvicorn.Server(config), served).run(sockets=[listening])
+    ending(uvicorn.Server(config), app).run(sockets=[listening])
 
 
-def ending(server: uvicorn.Server, served: list[Served]) -> uvicorn.Server:
-    """The server; when it shuts down, texts that are being written are ended first, so that nobody waits for them."""
+def ending(server: uvicorn.Server, app: Guard) -> uvicorn.Server:
+    """The server; when it shuts down, what is being answered is ended first, so that nobody waits for it."""
     shutdown = server.shutdown
 
     async def end(sockets: list[socket.socket] | None = None) -> None:
-        for each in served:
-            await asyncio.to_thread(each.batcher.close)
+        await app.end()
         await shutdown(sockets)
 
     server.shutdown = end  # type: ignore[method-assign]

@@ -6,9 +6,10 @@ A text that ends or is cancelled leaves its place to the next in line. Letters: 
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,8 @@ class Token:
 @dataclass(eq=False)
 class Job:
     """A text to continue. `choose`: (the text so far, logits [V]) -> the next token. `tell`: gets every Token, or the
-    exception that ended the text; called from the batcher's thread. `likeliest`: how many of the best are told."""
+    exception that ended the text; called from the batcher's thread. `likeliest`: how many of the best are told.
+    `owner`: whoever has more texts in the batch waits for those who have fewer."""
 
     ids: list[int]
     new_tokens: int
@@ -45,6 +47,7 @@ class Job:
     choose: Callable[[list[int], Tensor], int]
     tell: Callable[[Token | Exception], object]
     likeliest: int = 0
+    owner: object = None
     cancelled: bool = False
     written: int = 0
     read: int = 0
@@ -110,6 +113,25 @@ class Batcher:
             self.wake.notify()
         return future
 
+    def logits(self, ids: Sequence[int], first: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(place, logits [T, V] in float32) after the tokens at place, place + 1, ..., from `first` on: in pieces,
+        between the steps of what is being written. Raises ClosedError."""
+        cache = DynamicCache(config=self.model.config)
+        for start in range(0, len(ids), PIECE):
+            piece = ids[start : start + PIECE]
+            kept = min(len(piece), max(1, start + len(piece) - first))
+            rows = self.run(functools.partial(self._rows, piece, cache, start, kept)).result()
+            if start + len(piece) > first:
+                yield start + len(piece) - kept, rows
+
+    def _rows(self, piece: Sequence[int], cache: DynamicCache, start: int, kept: int) -> Tensor:
+        ids = torch.tensor([list(piece)], device=self.model.device)
+        positions = torch.arange(start, start + len(piece), device=self.model.device)[None]
+        output = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=kept
+        )
+        return output.logits[0, -kept:].float().cpu()
+
     def _check_open(self) -> None:
         if self.closing:
             raise ClosedError
@@ -152,11 +174,7 @@ class Batcher:
 
     def _read_a_piece(self) -> None:
         if self.reading is None:
-            with self.wake:
-                while self.waiting and self.waiting[0].cancelled:
-                    self.waiting.popleft()
-                if self.waiting and len(self.batch.jobs) < self.slots:
-                    self.reading = self.waiting.popleft()
+            self.reading = self._next()
         job = self.reading
         if job is None:
             return
@@ -177,6 +195,19 @@ class Batcher:
         except Exception as error:  # of this text alone; the others go on
             self.reading = None
             job.tell(error)
+
+    def _next(self) -> Job | None:
+        if len(self.batch.jobs) >= self.slots:
+            return None
+        with self.wake:
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
+            if not self.waiting:
+                return None
+            texts = Counter(id(job.owner) for job in self.batch.jobs)
+            place = min(range(len(self.waiting)), key=lambda at: texts[id(self.waiting[at].owner)])
+            job = self.waiting[place]
+            del self.waiting[place]
+            return job
 
     def _join(self, job: Job) -> None:
         new, job.cache = job.cache, None

@@ -143,9 +143,13 @@ class Writer:
         return ids
 
     def room(self, ids: Sequence[int], new_tokens: int) -> int:
-        """How many of `new_tokens` the model has positions for. Raises ValueError where it has none."""
+        """How many of `new_tokens` the model has positions for. Raises ValueError where it has none, and for tokens
+        that are not the model's."""
         if not ids:
             raise ValueError(f"the prompt holds no token for {self.source}; give it one with text in it")
+        rows = self.model.config.get_text_config().vocab_size
+        if strange := [id for id in (min(ids), max(ids)) if not 0 <= id < rows]:
+            raise ValueError(f"the prompt has token {strange[0]}, which is not one of the {rows:,} of {self.source}")
         longest = self.positions()
         if longest is None:
             return new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +11,16 @@ from collections.abc import Callable
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 
 from neuroweave.chat.search.cache import SourceCache
-from neuroweave.chat.search.sources import Source, TransientError, deduplicated
+from neuroweave.chat.search.sources import SearchError, Source, TransientError, deduplicated
 
 TRIES = 3
 FIRST_WAIT = 0.5  # seconds; doubled each time, and up to as much again by chance
 PATIENCE = 15.0  # who asks to wait longer is not asked again
 LONGEST_QUERY = 400  # characters; Brave refuses more
 SPARE = 5  # results asked for beyond those wanted: some are doubles
+
+COMPARED = 3  # times as many results are looked at as are wanted
+WEB = re.compile(r"https?://", re.IGNORECASE)  # of no other kind is a source that anybody could follow
 
 Ask = Callable[[str, int], list[Source]]
 
@@ -76,7 +80,8 @@ class CarefulProvider:
             return []
         if self._cache is not None and (kept := self._cache.get(self.name, query, count)):
             return kept
-        found = deduplicated(self._tried(query, count + SPARE))[:count]
+        results = [each for each in self._tried(query, count + SPARE) if WEB.match(each.address)]
+        found = deduplicated(results[: COMPARED * (count + SPARE)])[:count]
         if self._cache is not None and found:
             self._cache.put(found, self.name, query, count)
         return found
@@ -93,7 +98,12 @@ class CarefulProvider:
 
     def _attempt(self, query: str, count: int) -> list[Source]:
         self._pace.wait(self.name, self._interval)
-        return self._ask(query, count)
+        try:
+            return self._ask(query, count)
+        except SearchError:
+            raise
+        except Exception as error:  # whatever a service sends, the chat goes on
+            raise SearchError(f"{self.name} sent what cannot be read ({type(error).__name__}: {error})") from error
 
     def _pause(self, state: RetryCallState) -> float:
         backoff = FIRST_WAIT * 2 ** (state.attempt_number - 1) * (1 + self._chance())

@@ -26,7 +26,7 @@ def parse_date(text: str | None) -> datetime.date | None:
         return day(match[3], match[1], match[2])
     try:
         return parsedate_to_datetime(text).date()
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
 
@@ -34,7 +34,7 @@ def day(year: str, month: str, number: str) -> datetime.date | None:
     try:
         in_year = int(month) if month.isdigit() else MONTHS.index(month[:3].lower()) + 1
         return datetime.date(int(year), in_year, int(number))
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -18,7 +18,8 @@ REPLACED = "\ufffd"
 TITLE_CHARACTERS = 300
 # No text: other control characters, and the private ones and the invisible space that mark places on the way here.
 NOISE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ue000-\uf8ff]")
-HEADING = re.compile(r"(#{1,6})[ \t]+(.+?)[ \t]*#*")
+HEADING = re.compile(r"#{1,6}[ \t]+(\S.*)")
+CLOSING = re.compile(r"(?:^|[ \t])#+$")
 UNDERLINE = re.compile(r"([=\-~^\"'`*+#.:_])\1{2,}\s*")
 FENCE = re.compile(r" {0,3}(```|~~~)")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
@@ -165,7 +166,7 @@ def marked_sections(lines: list[str], *, hashes: bool) -> Iterator[Section]:
         elif hashes and (match := HEADING.fullmatch(line)):
             finish()
             yield from section(heading, paragraphs)
-            heading, paragraphs = match[2], []
+            heading, paragraphs = CLOSING.sub("", match[1].rstrip()).rstrip(), []
         elif len(paragraph) == 1 and UNDERLINE.fullmatch(line) and underlines(line, paragraph[0]):
             title = paragraph.pop().strip()
             yield from section(heading, paragraphs)

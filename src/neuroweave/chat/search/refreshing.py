@@ -168,6 +168,8 @@ def read_entry(path: str, file: File, known: State | None, reader: ReadingProces
             raise ValueError("no text in it")
     except ValueError as error:
         return Entry(path, replace(state, problem=str(error)))
+    except Exception as error:  # one document, whatever it holds, costs the others nothing
+        return Entry(path, replace(state, problem=f"cannot be read ({type(error).__name__})"))
     return Entry(path, replace(state, warning=document.warning), document.title, document.date, found)
 
 

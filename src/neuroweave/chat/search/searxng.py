@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from neuroweave.chat.search.addresses import PORTS, AddressPolicy, checked_url
 from neuroweave.chat.search.dates import parse_date
-from neuroweave.chat.search.sources import SearchError, Source
+from neuroweave.chat.search.sources import SearchError, Source, score_of
 from neuroweave.chat.search.web import Limits, WebClient, raise_for_status
 
 LIMITS = Limits(total=30.0)  # it waits for other engines itself
@@ -72,14 +72,13 @@ def sources_from(data: Any, who: str) -> list[Source]:
         if not isinstance(result, dict) or not isinstance(address := result.get("url"), str):
             continue
         date = parse_date(str(result.get("publishedDate") or result.get("pubdate") or ""))
-        score = result.get("score")
         found.append(
             Source(
                 title=one_line(result.get("title")) or address,
                 address=address,
                 text=one_line(result.get("content")),
                 date=date,
-                score=float(score) if isinstance(score, int | float) else 0.0,
+                score=score_of(result.get("score")),
             )
         )
     unresponsive = data.get("unresponsive_engines")

@@ -6,10 +6,13 @@ import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from neuroweave.text.plain import without_controls
+
 SHINGLE = 5  # words
+LARGEST_SCORE = 1e300
 ALIKE = 0.8  # of the shorter text's shingles
 FEWEST_WORDS = 20  # below this, texts are alike only when they are equal
 COMPARED = 20_000  # characters of a text
@@ -19,6 +22,9 @@ TRACKING = re.compile(r"utm_.*|gclid|fbclid|msclkid|mc_[ce]id|igshid|yclid|srslt
 
 class SearchError(ValueError):
     """A search, or one page, failed; the message says why and what to do. Finding nothing is no error."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_controls(message))  # parts of it may come from outside
 
 
 class TransientError(SearchError):
@@ -32,13 +38,19 @@ class TransientError(SearchError):
 @dataclass(frozen=True)
 class Source:
     """One result. `address`: a URL, or a path inside the searched folder. `text`: its best passages, a page or a
-    snippet. `score`: higher is better, comparable within one answer of one provider only."""
+    snippet. `score`: higher is better, comparable within one answer of one provider only. What a terminal would obey is
+    taken out."""
 
     title: str
     address: str
     text: str
     date: datetime.date | None = None
     score: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("title", self.title), ("address", self.address)):
+            object.__setattr__(self, name, " ".join(without_controls(value).split()))
+        object.__setattr__(self, "text", without_controls(self.text))
 
 
 @runtime_checkable
@@ -53,6 +65,11 @@ class Provider(Protocol):
     def search(self, query: str, *, count: int) -> list[Source]:
         """At most `count` sources, the best first; none where nothing was found. Raises SearchError."""
         ...
+
+
+def score_of(value: Any) -> float:
+    """A score as a service wrote it; 0 for what is none."""
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST_SCORE else 0.0
 
 
 def normalized(address: str) -> str:

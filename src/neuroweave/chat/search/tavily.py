@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from neuroweave.chat.search.dates import parse_date
-from neuroweave.chat.search.sources import SearchError, Source
+from neuroweave.chat.search.sources import SearchError, Source, score_of
 from neuroweave.chat.search.web import WebClient, raise_for_status
 
 ADDRESS = "https://api.tavily.com/search"
@@ -40,13 +40,12 @@ class Tavily:
 
 def source_from(result: dict[str, Any]) -> Source:
     address = str(result.get("url") or "")
-    score = result.get("score")
     return Source(
         title=" ".join(str(result.get("title") or "").split()) or address,
         address=address,
         text=str(result.get("content") or "").strip(),
         date=parse_date(str(result.get("published_date") or "")),
-        score=float(score) if isinstance(score, int | float) else 0.0,
+        score=score_of(result.get("score")),
     )
 
 
