@@ -276,9 +276,9 @@ def test_sources_and_citations(browser: Chromium, reciting: Any) -> None:
         assert browser.evaluate("[typeof window.ran, location.hash]") == ["undefined", ""]
         assert texts(browser, "main :is(script, img)") == []
         setting(browser, "max_tokens", ENDLESS)
-        reciting("tides and " * 300)  # a sentence is shown when it has ended
+        reciting("tides and " * 300)
         begin(browser, "Tides of the Moon, again?")
-        browser.wait(f"document.querySelector('{TURN} .facts').textContent === 'Reading …'")
+        browser.wait(BEGUN)
         browser.click("[name=stop]")
         browser.wait(READY)
         assert len(texts(browser, f"{TURN} .source")) == 3  # what it was given to read is known before its end
