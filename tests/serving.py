@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +46,10 @@ class Running:
     def load(self) -> tuple[int, int]:
         loads = [each.batcher.load() for each in self.served]
         return sum(writing for writing, _ in loads), sum(waiting for _, waiting in loads)
+
+    def requests(self) -> int:
+        with urllib.request.urlopen(f"{self.address}/health") as answer:
+            return int(json.load(answer)["requests"])
 
     def settled(self, seconds: float = 20) -> bool:
         """Whether nothing is written or waits any more, within that time."""

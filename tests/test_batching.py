@@ -137,6 +137,42 @@ def test_a_text_that_is_cancelled_or_fails_leaves_the_others_alone() -> None:
     batcher.close()
 
 
+def test_whoever_has_many_texts_waits_for_who_has_few() -> None:
+    batcher = Batcher(tiny_model(), slots=2)
+    begun: list[str] = []
+
+    def text(owner: str, number: int) -> Text:
+        def choose(ids: list[int], logits: torch.Tensor) -> int:
+            if len(ids) == 3:
+                begun.append(f"{owner}{number}")
+            return greedy(ids, logits)
+
+        return Text([3, 4, 5], 6, choose=choose, owner=owner)
+
+    texts = [text("many", at) for at in range(4)] + [text("one", 0), text("other", 0)]
+    batcher.run(lambda: [batcher.submit(each.job) for each in texts]).result(60)
+    for each in texts:
+        assert len(each.tokens()) == 6
+    assert begun == ["many0", "one0", "many1", "other0", "many2", "many3"]
+    batcher.close()
+
+
+def test_logits_in_pieces_are_those_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuroweave.runtime.batching.PIECE", 7)
+    for make in MODELS.values():
+        model = make()
+        batcher = Batcher(model)
+        ids = prompts()[-1]
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits[0]
+        for first in (0, 6, 7, len(ids) - 1):
+            pieces = list(batcher.logits(ids, first))
+            places = [place + at for place, rows in pieces for at in range(len(rows))]
+            assert places == list(range(first, len(ids)))
+            torch.testing.assert_close(torch.cat([rows for _, rows in pieces]), wanted[first:], atol=1e-4, rtol=1e-4)
+        batcher.close()
+
+
 def test_ends_errands_and_closing() -> None:
     model = tiny_model()
     batcher = Batcher(model, slots=2)

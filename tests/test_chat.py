@@ -15,10 +15,10 @@ from test_generate_cli import byte_tokenizer
 from tiny_llama import tiny_model
 
 from neuroweave.chat.citations import Citer, citations_in, cite
-from neuroweave.chat.grounding import Grounding, asked_with, best_passages, passages_for, search_query
+from neuroweave.chat.grounding import Grounding, asked_with, best_passages, passages_for, search_query, shortened
 from neuroweave.chat.prompts import encode_messages
 from neuroweave.chat.search import SearchError, Source
-from neuroweave.chat.session import Session
+from neuroweave.chat.session import Session, Turn
 from neuroweave.chat.tool_calls import split_calls
 from neuroweave.cli.chat import lines
 from neuroweave.cli.main import program
@@ -60,7 +60,10 @@ ANSWERS = {
     "Yellow bananas. [2] Version 3.5 is out": ("Yellow bananas [2]. Version 3.5 is out", [2], []),
     "They say \"bananas are yellow.\" Yes": ("They say \"bananas are yellow.\" [2] Yes", [2], []),
     "- bananas, yellow\n- Eiffel Tower, Paris\n": ("- bananas, yellow [2]\n- Eiffel Tower, Paris [1]\n", [2, 1], []),
-    "x[0] and a[i] stay; [10] goes": ("x and a[i] stay; goes", [], [0, 10]),
+    "x[0] and a[i], my_list[3] stay; [10] goes": ("x[0] and a[i], my_list[3] stay; goes", [], [10]),
+    "Say y = [1, 2, 3], or [2].append, see [1](x)": ("Say y = [1, 2, 3], or [2].append, see [1](x)", [], []),
+    "So[7] it is[1][2][9].": ("So it is [1] [2].", [1, 2], [7, 9]),
+    "Bananas **are yellow** [2]. (In 2020)[1].": ("Bananas **are yellow** [2]. (In 2020) [1].", [2, 1], []),
     "Bananas: `yellow[7]`, as `fruit` is.": ("Bananas: `yellow[7]`, as `fruit` is [2].", [2], []),
     "See [1]:\n```python\nbananas = yellow[9]\nfruit[0].\n``\n```\nYellow bananas [8].": (
         "See: [1]\n```python\nbananas = yellow[9]\nfruit[0].\n``\n```\nYellow bananas [2].", [1, 2], [8],
@@ -210,6 +213,42 @@ def test_questions_that_say_little_are_looked_up_with_the_one_before() -> None:
     )
 
 
+def test_of_many_turns_those_that_fit_are_found_quickly() -> None:
+    chat = ask("Last?", *[f"word{at}" for at in range(2_000)])
+    asked: list[int] = []
+
+    def length(messages: list[dict[str, Any]]) -> int:
+        asked.append(words(messages))
+        return asked[-1]
+
+    for room in (5, 90, 91, 10**9):
+        kept = shortened(chat, length, room)
+        assert kept[0] == chat[0]
+        assert kept[1:] == chat[len(chat) - len(kept) + 1 :]
+        assert kept[1]["role"] == "user"
+        longer = chat[:1] + chat[len(chat) - len(kept) - 1 :]
+        assert room == 5 or words(kept) <= room
+        assert kept == chat or words(longer) > room
+    assert len(asked) < 60
+
+
+@pytest.mark.parametrize("error", ["1 // 0", "messages[7].content", "10 ** 400 * 1.5", "'a' + 1"])
+def test_templates_that_fail(error: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = f"{{{{ {error} }}}}"
+    with pytest.raises(ValueError, match="the model's chat template refuses this chat"):
+        encode_messages(tokenizer, ask())
+
+
+def test_very_many_control_tokens_and_marks_of_our_own_are_text() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.role }}", "{{ m.role }} {{ m.name }}")
+    text = "<s></s>" * 5_000 + "<s"
+    ids = encode_messages(tokenizer, [{"role": "user", "name": "\ue0000\ue001 \ue0007:0\ue001", "content": text}])
+    assert ids.count(tokenizer.convert_tokens_to_ids("<s>")) == 2  # of the template
+    assert text in tokenizer.decode(ids)
+
+
 def test_calls_of_tools() -> None:
     call, none = '{"name": "look", "arguments": {"at": "\u00e9"}}', '<tool_call>{"no": 1}</tool_call>'
     text = f"Let me see.\n<tool_call>\n{call}\n</tool_call>{none}"
@@ -318,6 +357,16 @@ def test_a_chat_goes_on_after_what_fails(folder: Path) -> None:
     assert "user\nWhich purple dragons sing songs?" in done.stderr
     assert "nothing was asked yet" in done.stderr
     assert "never" not in done.stderr
+
+
+def test_what_a_terminal_would_obey_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: Session, question: str, *, seed: int, show: Any) -> Turn:
+        show("\x1b[31mRed\x9b \u202eand\x07 é\n")
+        return Turn("Red", [], [], [], [], "", "end of text")
+
+    monkeypatch.setattr(Session, "ask", answer)
+    assert run("ask", folder / "model", "Which?").stdout == "[31mRed and é\n\n"
+    assert run("chat", folder / "model", typed="Which?\n").stdout == "[31mRed and é\n\n\n"
 
 
 def test_ctrl_c_at_the_prompt_empties_the_line(

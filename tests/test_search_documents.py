@@ -124,6 +124,18 @@ def test_dates_as_people_write_them() -> None:
     assert updated_date("nothing of the kind") is None
 
 
+def test_dates_that_no_calendar_has() -> None:
+    assert parse_date("Mon, 01 Jan 99999999999999999999 00:00:00 +0000") is None
+    assert parse_date(f"D:{'9' * 8}") is None
+
+
+def test_headings_of_any_length() -> None:
+    text = "# C#\n\n## A # b ##\n\n# #\n\n#" + " " * 200_000 + "x" + "# " * 200_000 + "y\n\n#" + "\t " * 100_000
+    headings = [section.heading for section in read(text, "markdown").sections]
+    assert headings[:2] == ["C#", "A # b"]
+    assert headings[-1].startswith("x# # #")
+
+
 def test_markdown_sections() -> None:
     text = (
         "---\ntitle: 'Leave policy'\ndate: 2026-01-31\n---\n\nIntro.\n\n# Days\n\nYou get 31.\n\n```python\n"

@@ -15,6 +15,7 @@ import pytest
 from test_search_documents import pdf
 
 from neuroweave.chat.search import LocalFolder, SearchError, provider_of
+from neuroweave.chat.search.documents import read_document
 from neuroweave.chat.search.index_file import NAME, Entry, IndexFile, State, index_place
 from neuroweave.chat.search.passages import Passage
 from neuroweave.chat.search.queries import match_expression, query_words
@@ -238,6 +239,20 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(folder: Path) -> None
     (folder / "locked.pdf").write_bytes(pdf("The walrus was locked in"))
     assert "locked.pdf" not in {problem.path for problem in LocalFolder(folder).refresh().problems}
     assert set(titles(folder, "walrus")) == {"slip", "locked"}
+
+
+def test_a_document_that_breaks_its_reader_costs_the_others_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(content: bytes, *, kind: str, name: str) -> Any:
+        if name == "tea times":
+            raise OverflowError
+        return read_document(content, kind=kind, name=name)
+
+    monkeypatch.setattr("neuroweave.chat.search.refreshing.read_document", broken)
+    done = LocalFolder(folder).refresh()
+    assert done.documents == 3
+    assert [(each.path, each.reason) for each in done.problems] == [("tea_times.txt", "cannot be read (OverflowError)")]
 
 
 def test_a_file_that_is_closed_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,12 +156,34 @@ def test_searxng_that_drips_or_is_down() -> None:
 
 def test_searxng_results_of_any_form_are_survived() -> None:
     odd = [None, 7, "text", {}, {"url": None}, {"url": 7}, {"url": "https://c.example/", "title": 7, "content": ["x"],
-           "publishedDate": {}, "score": "high"}]  # fmt: skip
+           "publishedDate": {}, "score": "high"},
+           {"url": "https://d.example/\u202e", "title": "\x1b]0;Red\ud800\n\u202eone\x9b", "content": "a\x08b",
+            "publishedDate": "Mon, 01 Jan 99999999999999999999 00:00:00 +0000", "score": 10**400},
+           {"url": "javascript:alert(1)"}, {"url": "file:///etc/passwd"}]  # fmt: skip
     body = searxng_json([*odd, *RESULTS]).replace(b"four", b"f\xffour")
     with serving(Answer(body=body)) as server:
         found = searxng(server).search("tea", count=9)
-    assert [source.address for source in found] == ["https://c.example/", "https://a.example/tea", "https://b.example/"]
-    assert found[1].text == "Tea is served at f\ufffdour."
+    first, *rest = [source.address for source in found]
+    assert first == "https://c.example/"
+    assert rest == ["https://d.example/", "https://a.example/tea", "https://b.example/"]
+    assert (found[1].title, found[1].text, found[1].score, found[1].date) == ("]0;Red one", "ab", 0.0, None)
+    assert found[2].text == "Tea is served at f\ufffdour."
+
+
+def test_of_very_many_results_the_first_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[Any] = []
+    monkeypatch.setattr("neuroweave.chat.search.sources.alike", lambda *texts: bool(compared.append(texts)))
+    many = [Source(str(at), f"https://example.com/{at}", f"text number {at}") for at in range(5_000)]
+    assert careful(lambda query, count: many, Clock()).search("tea", count=5) == many[:5]
+    assert len(compared) < 500
+
+
+def test_a_service_may_send_anything() -> None:
+    def ask(query: str, count: int) -> list[Source]:
+        raise OverflowError("too \x1b[31mlarge")
+
+    with pytest.raises(SearchError, match=r"^it sent what cannot be read \(OverflowError: too \[31mlarge\)$"):
+        careful(ask, Clock()).search("tea", count=5)
 
 
 def test_searxng_follows_a_redirect_of_its_own() -> None:

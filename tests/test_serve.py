@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ from neuroweave.chat.answers import Assembly
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Limits
 from neuroweave.chat.prompts import PLAIN_STOPS, encode_messages
-from neuroweave.chat.search import LocalFolder
+from neuroweave.chat.search import LocalFolder, SearchError, Source
 from neuroweave.runtime.batching import ClosedError, Token
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a neuron?"}]
@@ -231,6 +232,12 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "empty stop": (chat_with(stop=""), 400, "an empty stop string"),
     "top_logprobs alone": (chat_with(top_logprobs=2), 400, "top_logprobs needs logprobs"),
     "JSON answers": (chat_with(response_format={"type": "json_object"}), 400, "only text can"),
+    "a search of a kind": (
+        chat_with(web_search_options={"filters": {}}),
+        400,
+        "web_search_options.filters: is not known",
+    ),
+    "a search of a size": (chat_with(web_search_options={"search_context_size": "huge"}), 400, "web_search_options"),
     "a search": (chat_with(web_search_options={}), 400, "started without --search"),
     "half a character": (chat_with(messages=[{"role": "user", "content": "\ud800"}]), 400, "is half of a character"),
     "a bias": (chat_with(logit_bias={"x": 1}), 400, "logit_bias"),
@@ -257,6 +264,9 @@ def test_other_bad_requests(server: Running) -> None:
         "token 4000, which is not one of the 400"
         in post(server, b'{"prompt": [4000]}', "/v1/completions")[1]["message"]
     )
+    many = json.dumps({"prompt": ["a"] * 100, "n": 3}).encode()
+    assert "300 texts in one request" in post(server, many, "/v1/completions")[1]["message"]
+    assert "suffix is not done here" in post(server, b'{"prompt": "a", "suffix": "b"}', "/v1/completions")[1]["message"]
     assert post(server, b"{}", "/v1/nothing")[0] == 404
     assert post(server, chat_with(), "/v1/models")[0] == 405
 
@@ -376,6 +386,29 @@ def test_nobody_is_told_where_the_documents_lie(tmp_path: Path) -> None:
     assert notices[0] == "nothing relevant was found by local:notes; the answer is the model's own"
     assert notices[1].startswith("notes: ")
     assert str(tmp_path) not in json.dumps(told)
+
+
+def test_searches_that_hang_keep_nobody() -> None:
+    silent = threading.Event()
+
+    class Silent:
+        name = "silent"
+
+        def search(self, query: str, *, count: int) -> list[Source]:
+            silent.wait(60)
+            raise SearchError("it hung")
+
+    body = chat_with(messages=[{"role": "user", "content": "Which dragons sing?"}], web_search_options={})
+    try:
+        with running([served()], grounding=Grounding(Silent())) as server, ThreadPoolExecutor(40) as pool:
+            hanging = [pool.submit(post, server, body) for _ in range(40)]
+            while server.requests() < 40:
+                time.sleep(0.01)
+            assert post(server, chat_with())[0] == 200
+            server.server.should_exit = True
+            assert {answer.result()[0] for answer in hanging} == {503}
+    finally:
+        silent.set()
 
 
 def test_who_is_being_answered_is_told_of_the_end() -> None:

@@ -16,7 +16,12 @@ from neuroweave.chat.search.queries import JOINT, STOP_WORDS, units, unspaced
 GRAMMAR = re.compile(f"[\u3040-\u309f{JOINT}]+")
 WORD = re.compile(r"[^\W_]+", re.UNICODE)
 NUMBER = re.compile(r"[ \t]*\[(\d{1,3}(?:\s*,\s*\d{1,3})*)\]")
-BEGUN = re.compile(r"[ \t]*\[[\d,\s]{0,16}$|[ \t]+$")  # may turn into a number, or stand before one
+# What may turn into a number, stand before one, or be followed by what makes it none.
+BEGUN = re.compile(r"[ \t]*\[[\d,\s]{0,16}(\]\.?)?$|[ \t]+$")
+# Code outside of code marks, and links: what stands before a bracket that is no citation, and after it.
+OPERATOR = re.compile(r"[=+<{]\s*$")
+INDEXED = re.compile(r"(?:(?<!\w)\w|\w*_\w*)$")
+APPLIED = re.compile(r"[(=]|\.[^\W\d]")
 END = re.compile(r"([.!?])([\"'\u201d\u2019)\]]*)(?=\s|$)|([\u3002\uff01\uff1f])([\u300d\u300f\uff09]*)|\n")
 SHARE = 0.6  # of a sentence's words that a passage must hold to be its source
 FEWEST = 2  # words that they must share
@@ -48,6 +53,7 @@ class Citer:
     text: str = ""  # of the sentence so far, as it was given out
     held: str = ""
     numbers: list[int] = field(default_factory=list)  # of the sentence so far
+    adjacent: bool = False  # to a number: nothing has come since
     spans: CodeSpans = field(default_factory=CodeSpans)
 
     def __post_init__(self) -> None:
@@ -76,7 +82,7 @@ class Citer:
     def _flow(self, *, last: bool) -> str:
         out = ""
         while True:
-            number, stop = NUMBER.search(self.held), END.search(self.held)
+            number, stop = self._number(last=last), END.search(self.held)
             if stop and not last and stop.end() == len(self.held) and stop[0] != "\n":
                 stop = None  # 3. may become 3.5
             if number and (stop is None or number.start() < stop.start()):
@@ -86,6 +92,7 @@ class Citer:
             elif stop:
                 line = stop[0] == "\n"  # a number after it is of the next line
                 after = None if line else NUMBER.match(self.held, stop.end())  # "a sentence. [1]"
+                after = after if after and self._cites(after, last=last) else None
                 if after is None and not line and not last and BEGUN.match(self.held, stop.end()):
                     break
                 if after:
@@ -106,11 +113,26 @@ class Citer:
         self.held = self.held[keep:]
         return out
 
+    def _number(self, *, last: bool) -> re.Match[str] | None:
+        return next((match for match in NUMBER.finditer(self.held) if self._cites(match, last=last)), None)
+
+    def _cites(self, match: re.Match[str], *, last: bool) -> bool:
+        """False as long as what follows is not known."""
+        if APPLIED.match(self.held, match.end()) or (not last and self.held[match.end() :] in ("", ".")):
+            return False
+        before = (self.text + self.held[: match.start()])[-64:]
+        if OPERATOR.search(before):
+            return False
+        attached = match[0].startswith("[") and not (self.adjacent and match.start() == 0)
+        return not (attached and INDEXED.search(before))
+
     def _pass(self, text: str) -> str:
         self.text += text
+        self.adjacent = self.adjacent and not text
         return text
 
     def _read(self, numbers: str) -> None:
+        self.adjacent = True
         for number in (int(each) for each in numbers.split(",")):
             if 1 <= number <= len(self.passages):
                 self.numbers.append(number)
@@ -120,7 +142,7 @@ class Citer:
     def _marks(self) -> str:
         """The numbers of the sentence that ends here."""
         numbers = list(dict.fromkeys(self.numbers)) or self._source()
-        self.text, self.numbers = "", []
+        self.text, self.numbers, self.adjacent = "", [], False
         self.cited += [number for number in numbers if number not in self.cited]
         return "".join(f" [{number}]" for number in numbers)
 

@@ -122,6 +122,16 @@ class ChatMessage(BaseModel):
         return found
 
 
+class WebSearchOptions(BaseModel):
+    """`search_context_size`: half, all or twice of the passages that the server reads by itself."""
+
+    model_config = ConfigDict(extra="forbid")
+    search_context_size: Literal["low", "medium", "high"] = "medium"
+
+    def passages(self, usual: int) -> int:
+        return {"low": max(1, usual // 2), "medium": usual, "high": 2 * usual}[self.search_context_size]
+
+
 class ChatRequest(Shared):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -131,7 +141,7 @@ class ChatRequest(Shared):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    web_search_options: dict[str, Any] | None = None
+    web_search_options: WebSearchOptions | None = None
 
     @field_validator("response_format")
     @classmethod

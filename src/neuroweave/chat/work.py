@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -40,6 +40,7 @@ def chat_work(served: Served, asked: ChatRequest, limits: Limits, grounding: Gro
             raise ValueError("web_search_options: this server was started without --search")
         if messages[-1]["role"] != "user":
             raise ValueError("web_search_options: the last message has to be a user's, to be searched for")
+        grounding = replace(grounding, most=asked.web_search_options.passages(grounding.most))
         grounded = grounding.ground(
             messages,
             length=lambda chat: len(served.encode_chat(chat)),

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from neuroweave.cli.chatting import chatting_options, notices_of, open_session, seed_of, sources_shown, tell
+from neuroweave.cli.chatting import (
+    chatting_options,
+    notices_of,
+    open_session,
+    seed_of,
+    show_in_terminal,
+    sources_shown,
+    tell,
+)
 from neuroweave.cli.console import json_option, print_json
 from neuroweave.cli.generate import check_utf8
 
@@ -30,7 +38,7 @@ def command(model: str, question: str, as_json: bool, show_prompt: bool, seed: i
     if not question.strip():
         raise ValueError("the question is empty")
     session = open_session(model, **options)
-    turn = session.ask(question, seed=seed_of(seed), show=lambda text: None if as_json else click.echo(text, nl=False))
+    turn = session.ask(question, seed=seed_of(seed), show=(lambda text: None) if as_json else show_in_terminal)
     if as_json:
         facts = {**turn.as_dict(), "notices": notices_of(turn)}
         print_json({"model": model, "question": question, **facts, **({"prompt": turn.prompt} if show_prompt else {})})

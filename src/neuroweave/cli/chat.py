@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.chatting import chatting_options, open_session, seed_of, sources_shown, tell
+from neuroweave.cli.chatting import chatting_options, open_session, seed_of, show_in_terminal, sources_shown, tell
 from neuroweave.cli.console import note
 from neuroweave.cli.generate import check_utf8
 from neuroweave.cli.main import one_line
@@ -54,7 +54,7 @@ def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> 
             continue
         try:
             check_utf8(line, "this line")
-            last = session.ask(line, seed=(seed + turn) % 2**32, show=lambda text: click.echo(text, nl=False))
+            last = session.ask(line, seed=(seed + turn) % 2**32, show=show_in_terminal)
         except KeyboardInterrupt:
             click.echo()
             note("stopped; the question and its answer are not remembered")

@@ -11,6 +11,7 @@ import click
 from neuroweave.checkpoint.loading import check_source
 from neuroweave.cli.console import given, note, progress
 from neuroweave.cli.writing_options import SEEDS, decoding, loader_of, writing_options
+from neuroweave.text.plain import without_controls
 
 if TYPE_CHECKING:
     from neuroweave.chat.grounding import Grounding
@@ -39,7 +40,7 @@ SEARCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 OWN_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--system", metavar="TEXT", help="The system message."),
-    click.option("--show-prompt", is_flag=True, help="Print what the model reads, on stderr."),
+    click.option("--show-prompt", is_flag=True, help="Print what the model has read, on stderr; with --json in it."),
 )
 
 
@@ -100,6 +101,11 @@ def open_search(
         return Grounding(provider, passages or passages_for(writer.parameters()))
 
     return ground
+
+
+def show_in_terminal(text: str) -> None:
+    """A piece of an answer; what a terminal would obey is left out."""
+    click.echo(without_controls(text), nl=False)
 
 
 def seed_of(seed: int | None) -> int:

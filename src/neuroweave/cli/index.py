@@ -22,7 +22,7 @@ _SHOWN = 20  # problems for people; --json has them all
     help="Build or refresh the index of the documents in DOCS_DIR: text, Markdown, HTML, PDF.\n\n"
     "A search on local:DOCS_DIR does the same by itself; this tells what could not be read. Only what is new or "
     "changed is read again. The index is one file in the folder, or in the user's cache where that cannot be written. "
-    "Exits 1 when no document can be read.",
+    "Exits 1 when no document can be read, 2 when there is none.",
 )
 @click.argument("docs_dir", type=click.Path(path_type=Path))
 @json_option

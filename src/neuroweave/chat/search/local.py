@@ -45,6 +45,7 @@ class LocalFolder:
         with self._turn:
             done = self._refresh(progress)
         if not done.documents and not done.problems:
+            discard(done.index)
             raise SearchError(f"{self.folder}: nothing to search; put {endings()} files into it")
         return done
 
