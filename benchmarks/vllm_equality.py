@@ -167,8 +167,9 @@ def run_worker(python: Path, place: Path, job: dict[str, Any]) -> dict[str, Any]
     if code == 0:
         return json.loads((place / "result.json").read_text())  # type: ignore[no-any-return]
     lines = [line for line in (place / "log.txt").read_text().splitlines() if "rror" in line and " File " not in line]
+    ours = [line for line in lines if "not served by vLLM: " in line]
     causes = [line for line in lines if "neuroweave" in line.lower()]
-    said = (causes or lines or [f"exit code {code}"])[-1]
+    said = (ours or causes or lines or [f"exit code {code}"])[-1]
     said = said.partition("not served by vLLM: ")[2] or said.partition("Error: ")[2] or said
     return said.partition(" [type=")[0]
 

@@ -15,6 +15,7 @@ import uvicorn
 from test_generate_cli import byte_tokenizer
 from tiny_llama import tiny_model
 
+from neuroweave.chat.connections import ImpatientProtocol
 from neuroweave.chat.served import Served
 from neuroweave.chat.server import application
 from neuroweave.cli.serve import ending, listen
@@ -63,7 +64,10 @@ class Running:
 def running(models: list[Served], **settings: Any) -> Iterator[Running]:
     listening = listen("127.0.0.1", 0)
     app = application(models, **settings)
-    server = ending(uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)), app)
+    server = ending(
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=ImpatientProtocol)),
+        app,
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

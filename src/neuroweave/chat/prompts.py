@@ -25,6 +25,7 @@ PLAIN_STOPS = (
     "<source ",
     "</source ",
 )  # where a model without a template has begun to write for others
+SPEAKER = re.compile(r"^(?=[ \t]*(?:system|user|assistant|tool)[ \t]*:)", re.IGNORECASE | re.MULTILINE)
 MARK = "\ue000{}:{}\ue001"  # private use, and a word that nobody can guess
 
 
@@ -48,6 +49,12 @@ def encode_messages(
     if not has_template(tokenizer):
         return plain_chat(tokenizer, messages)
     control = control_pattern(tokenizer)
+    if control is not None:
+        messages = [
+            {key: value if key == "content" else defused(value, control) for key, value in message.items()}
+            for message in messages
+        ]
+        tools = defused(tools, control)
     texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
     if control is None or not any(control.search(text) for text in texts):
         return list(filled_in(tokenizer, messages, tools, tokenize=True))
@@ -72,8 +79,22 @@ def filled_in(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], t
         raise ValueError(f"the model's chat template refuses this chat ({reason})") from error
 
 
+def defused(value: Any, control: re.Pattern[str]) -> Any:
+    """What a template may print as it likes, with a word joiner in each control token: its rest may begin another."""
+    if isinstance(value, str):
+        while control.search(value):
+            value = control.sub(lambda match: f"{match[0][0]}\u2060{match[0][1:]}", value)
+        return value
+    if isinstance(value, dict):
+        return {defused(key, control): defused(each, control) for key, each in value.items()}
+    return [defused(each, control) for each in value] if isinstance(value, list | tuple) else value
+
+
 def plain_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    lines = [PLAIN_ROLES.get(each["role"], f"{each['role'].capitalize()}: ") + each["content"] for each in messages]
+    lines = [
+        PLAIN_ROLES.get(each["role"], f"{each['role'].capitalize()}: ") + SPEAKER.sub(r"> \g<0>", each["content"])
+        for each in messages
+    ]
     start = list(start_tokens(tokenizer))
     return start + as_text(tokenizer, "\n".join([*lines, PLAIN_ROLES["assistant"].strip()]))
 

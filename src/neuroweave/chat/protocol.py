@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 MOST_STOPS = 16
 MOST_CHOICES = 8
+LEAST_TEMPERATURE = 1e-4
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -40,7 +41,7 @@ class Shared(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     frequency_penalty: float = Field(0, ge=-2, le=2)
     presence_penalty: float = Field(0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field(default_factory=dict)
@@ -67,6 +68,13 @@ class Shared(BaseModel):
     def null_is_default(cls, value: Any, info: Any) -> Any:
         if value is None:
             return cls.model_fields[info.field_name].get_default(call_default_factory=True)
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def of_float32(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"{value} is too little to divide by; 0 takes the likeliest token")
         return value
 
     @field_validator("logit_bias")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from neuroweave.cli.console import counted, json_option, note, print_json, progress
+from neuroweave.text.plain import without_controls
 
 if TYPE_CHECKING:
     from neuroweave.chat.search.refreshing import Refreshed
@@ -24,9 +24,9 @@ _SHOWN = 20  # problems for people; --json has them all
     "changed is read again. The index is one file in the folder, or in the user's cache where that cannot be written. "
     "Exits 1 when no document can be read, 2 when there is none.",
 )
-@click.argument("docs_dir", type=click.Path(path_type=Path))
+@click.argument("docs_dir", type=click.Path())
 @json_option
-def command(docs_dir: Path, as_json: bool) -> None:
+def command(docs_dir: str, as_json: bool) -> None:
     from neuroweave.chat.search import LocalFolder, require_search_extra
 
     require_search_extra("local")
@@ -50,6 +50,7 @@ def _show(done: Refreshed, seconds: float) -> None:
         f"index {done.index}"
     )
     for problem in done.problems[:_SHOWN]:
-        note(f"{'read with losses' if problem.read else 'not read'}: {problem.path}: {problem.reason}")
+        path = " ".join(without_controls(problem.path).split())
+        note(f"{'read with losses' if problem.read else 'not read'}: {path}: {problem.reason}")
     if len(done.problems) > _SHOWN:
         note(f"and {len(done.problems) - _SHOWN} more of these (--json lists all)")

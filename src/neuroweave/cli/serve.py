@@ -66,8 +66,9 @@ def command(
     loopback = is_loopback(host)
     if not loopback and not api_key:
         raise ValueError(f"--host {host} can be reached by others; set {KEY_VARIABLE}, or listen at 127.0.0.1")
-    if api_key is not None and not (api_key.isascii() and api_key.strip()):
-        raise ValueError("the API key has to be ASCII characters, and not empty")
+    api_key = None if api_key is None else api_key.strip()  # a file's last line end is in it
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key and " " not in api_key):
+        raise ValueError("the API key has to be ASCII characters without spaces, and not empty")
     for source in filter(None, (model, against)):
         check_source(source)
     opened = open_search(search, passages, allow_hosts, proxy)
@@ -139,10 +140,12 @@ def load(
 def run(app: Guard, listening: socket.socket, host: str) -> None:
     import uvicorn
 
+    from neuroweave.chat.connections import ImpatientProtocol
+
     port = listening.getsockname()[1]
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_keep_alive=15, timeout_graceful_shutdown=3,
-        h11_max_incomplete_event_size=1 << 16,
+        h11_max_incomplete_event_size=1 << 16, http=ImpatientProtocol,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     note(f"http://{shown}:{port} is ready; Ctrl-C ends it")

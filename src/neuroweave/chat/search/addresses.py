@@ -23,7 +23,7 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # stands for the IPv4 address in 
 CLOSED = tuple(
     ipaddress.ip_network(each)
     for each in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10",
-                 "192.88.99.0/24", "168.63.129.16/32")
+                 "192.88.99.0/24", "168.63.129.16/32", "192.0.0.8/32", "3fff::/20")
 )  # fmt: skip
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address

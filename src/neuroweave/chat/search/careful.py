@@ -89,7 +89,11 @@ class CarefulProvider:
     def _tried(self, query: str, count: int) -> list[Source]:
         retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
-            stop=lambda state: stop_after_attempt(TRIES)(state) or asked_wait(state) > PATIENCE,
+            stop=lambda state: (
+                stop_after_attempt(TRIES)(state)
+                or asked_wait(state) > PATIENCE
+                or (state.seconds_since_start or 0) > PATIENCE
+            ),
             wait=self._pause,
             sleep=self._sleep,
             reraise=True,

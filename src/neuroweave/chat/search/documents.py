@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import datetime
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from neuroweave.chat.search.dates import parse_date
+from neuroweave.chat.search.sources import TITLE_CHARACTERS
 
 KINDS = {
     ".txt": "text", ".rst": "text", ".md": "markdown", ".markdown": "markdown",
     ".html": "html", ".htm": "html", ".xhtml": "html", ".pdf": "pdf",
 }  # fmt: skip
 REPLACED = "\ufffd"
-TITLE_CHARACTERS = 300
 # No text: other control characters, and the private ones and the invisible space that mark places on the way here.
 NOISE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ue000-\uf8ff]")
 HEADING = re.compile(r"#{1,6}[ \t]+(\S.*)")
@@ -102,8 +103,9 @@ def decode(content: bytes, charset: str | None = None) -> tuple[str, str]:
     if b"\0" in content[:8192]:
         raise ValueError("a binary file (it holds NUL bytes)")
     if charset and (declared := known(charset)) not in (None, "utf-8", "ascii"):
-        text = content.decode(str(declared), "replace")
-        return clean(text), replacements(text, content, str(declared))
+        with contextlib.suppress(UnicodeError):  # of codecs that are for names of hosts, or for nothing
+            text = content.decode(str(declared), "replace")
+            return clean(text), replacements(text, content, str(declared))
     try:
         return clean(content.decode("utf-8")), ""
     except UnicodeDecodeError:
@@ -118,7 +120,8 @@ def decode(content: bytes, charset: str | None = None) -> tuple[str, str]:
 
 def known(charset: str) -> str | None:
     try:
-        return codecs.lookup(charset.strip("\"' ")).name
+        codec = codecs.lookup(charset.strip("\"' "))
+        return codec.name if codec._is_text_encoding else None
     except (LookupError, ValueError):
         return None
 

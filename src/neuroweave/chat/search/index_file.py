@@ -30,6 +30,12 @@ SCHEMA = (
     # Only the index of whole documents; their text is that of their passages.
     f"CREATE VIRTUAL TABLE pages USING fts5(title, text, content = '', tokenize = '{TOKENS}')",
 )
+PROBES = (
+    "SELECT id, path, size, modified, read, digest, title, date, warning, problem, first, passages FROM documents "
+    "LIMIT 0",
+    "SELECT title, heading, terms, place, text, document FROM passages LIMIT 0",
+    "SELECT title, text FROM pages LIMIT 0",
+)
 # What a word counts for in a title, a heading, a defined term, the path, the text: bm25's weights. Those from 1 to 8
 # find as much on the development half of benchmarks/data/python_docs_questions.json; without the titles it is less.
 PASSAGE_WEIGHTS = "bm25(4, 2, 2, 1, 1)"
@@ -88,12 +94,17 @@ class IndexFile:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.new = False  # whether there was none that could be used
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.suppress(FileExistsError):  # whoever may read it can read the documents
+                os.close(os.open(file, os.O_CREAT | os.O_EXCL, mode=0o600))
             self.database = self._opened()
-        except sqlite3.OperationalError as error:
-            raise SearchError(f"{file}: the index cannot be opened ({error})") from error
-        except sqlite3.DatabaseError:
+        except OSError as error:
+            raise SearchError(f"{file}: the index cannot be written ({error.strerror})") from error
+        except sqlite3.DatabaseError as error:
+            if not broken(error):
+                raise SearchError(f"{file}: the index cannot be opened ({error})") from error
             discard(file)
             self.database = self._opened()
 
@@ -103,6 +114,7 @@ class IndexFile:
             database.execute("PRAGMA journal_mode = WAL")  # readers do not wait for a writer
             database.execute("PRAGMA synchronous = NORMAL")
             if database.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                self.new = True
                 with transaction(database):
                     if database.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                         for table in TABLES:
@@ -110,6 +122,8 @@ class IndexFile:
                         for statement in SCHEMA:
                             database.execute(statement)
                         database.execute(f"PRAGMA user_version = {VERSION}")
+            for probe in PROBES:
+                database.execute(probe)
         except BaseException:
             database.close()
             raise
@@ -241,6 +255,15 @@ class IndexFile:
         return [(unspaced(heading), unspaced(text)) for heading, text in found]
 
 
+def broken(error: sqlite3.DatabaseError) -> bool:
+    """Whether the index has to be built anew: it is no database, or one of other tables. What a disk, its owner or
+    another process is in the way of may pass."""
+    return (
+        not isinstance(error, sqlite3.OperationalError)
+        or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+    )
+
+
 def discard(file: Path) -> None:
     """Remove a broken index; it holds nothing that is not in the documents."""
     for end in ("", "-wal", "-shm"):
@@ -252,7 +275,8 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
+        database.execute("COMMIT")
     except BaseException:
-        database.execute("ROLLBACK")
+        if database.in_transaction:  # SQLite has ended it by itself where the disk is full
+            database.execute("ROLLBACK")
         raise
-    database.execute("COMMIT")

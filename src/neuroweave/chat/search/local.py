@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from neuroweave.chat.search.documents import KINDS
-from neuroweave.chat.search.index_file import Found, IndexFile, discard, index_place
+from neuroweave.chat.search.index_file import Found, IndexFile, broken, discard, index_place
 from neuroweave.chat.search.queries import match_expression
 from neuroweave.chat.search.refreshing import Refreshed, refresh
 from neuroweave.chat.search.sources import SearchError, Source, alike, shingles
@@ -30,7 +30,7 @@ class LocalFolder:
     def __init__(self, folder: str | Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self.name = f"local:{folder}"
-        if not self.folder.is_dir():
+        if not str(folder) or not self.folder.is_dir():
             found = "a file" if self.folder.exists() else "no such folder"
             raise ValueError(f"{folder}: {found}; give a folder of {endings()} files")
         self._clock = clock
@@ -54,15 +54,17 @@ class LocalFolder:
         expression = match_expression(query)
         if not expression or count < 1:
             return []
+        if not self.folder.is_dir():
+            raise SearchError(f"{self.folder}: the folder has gone")
         with self._turn:
             if self._clock() >= self._next and not self._refresh(None).documents:
                 self._next = 0.0
                 raise SearchError(f"{self.folder}: nothing to search; neuroweave index tells why")
         try:
             return self._ask(expression, count)
-        except sqlite3.OperationalError as error:
-            raise SearchError(f"{self.folder}: the index cannot be read ({error})") from error
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if not broken(error):
+                raise SearchError(f"{self.folder}: the index cannot be read ({error})") from error
             with self._turn:
                 discard(index_place(self.folder))
                 self._refresh(None)
@@ -70,6 +72,9 @@ class LocalFolder:
 
     def _ask(self, expression: str, count: int) -> list[Source]:
         with IndexFile(index_place(self.folder)) as index:
+            if index.new:  # what was there was broken, or has gone
+                with self._turn:
+                    self._refresh(None)
             return sources_of(index, index.search(expression, most=SPARE * count), count)
 
     def _refresh(self, progress: Callable[[int, int], None] | None, *, again: bool = True) -> Refreshed:
@@ -81,7 +86,7 @@ class LocalFolder:
         except OSError as error:
             raise SearchError(f"{self.folder}: cannot be read ({error.strerror or error})") from error
         except sqlite3.Error as error:
-            if again and isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            if again and isinstance(error, sqlite3.DatabaseError) and broken(error):
                 discard(place)
                 return self._refresh(progress, again=False)
             raise SearchError(f"{self.folder}: the index cannot be written ({error})") from error

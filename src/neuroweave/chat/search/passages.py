@@ -55,14 +55,17 @@ def joined(terms: dict[str, None]) -> str:
 
 def pieces(paragraph: str) -> Iterator[str]:
     """The paragraph, cut at line ends, sentences or spaces where it is too long."""
-    while len(paragraph) > LONGEST:
-        place = next(filter(None, (last_break(paragraph, kind) for kind in BREAKS)), IDEAL)
-        yield paragraph[:place].rstrip()
-        paragraph = paragraph[place:].lstrip("\n")
-    if paragraph.strip():
-        yield paragraph
+    start = 0
+    while len(paragraph) - start > LONGEST:
+        place = next(filter(None, (last_break(paragraph, start, kind) for kind in BREAKS)), start + IDEAL)
+        yield paragraph[start:place].rstrip()
+        start = place
+        while paragraph.startswith("\n", start):
+            start += 1
+    if rest := paragraph[start:].strip() and paragraph[start:]:
+        yield rest
 
 
-def last_break(paragraph: str, kind: re.Pattern[str]) -> int | None:
-    ends = [match.end() for match in kind.finditer(paragraph, IDEAL // 2, IDEAL)]
+def last_break(paragraph: str, start: int, kind: re.Pattern[str]) -> int | None:
+    ends = [match.end() for match in kind.finditer(paragraph, start + IDEAL // 2, start + IDEAL)]
     return ends[-1] if ends else None

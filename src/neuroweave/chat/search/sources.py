@@ -12,6 +12,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from neuroweave.text.plain import without_controls
 
 SHINGLE = 5  # words
+TITLE_CHARACTERS = 300
+ADDRESS_CHARACTERS = 4_000
 LARGEST_SCORE = 1e300
 ALIKE = 0.8  # of the shorter text's shingles
 FEWEST_WORDS = 20  # below this, texts are alike only when they are equal
@@ -49,7 +51,8 @@ class Source:
 
     def __post_init__(self) -> None:
         for name, value in (("title", self.title), ("address", self.address)):
-            object.__setattr__(self, name, " ".join(without_controls(value).split()))
+            object.__setattr__(self, name, " ".join(without_controls(value[:ADDRESS_CHARACTERS]).split()))
+        object.__setattr__(self, "title", self.title[:TITLE_CHARACTERS])
         object.__setattr__(self, "text", without_controls(self.text))
 
 

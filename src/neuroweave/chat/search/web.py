@@ -200,7 +200,7 @@ def retry_seconds(value: str | None, *, now: float | None = None) -> float | Non
     """Seconds that a Retry-After header asks for, given in seconds or as a date."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if value.strip().isascii() and value.strip().isdigit():
         return float(value.strip())
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
