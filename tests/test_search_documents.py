@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from neuroweave.chat.search.dates import parse_date, updated_date
 from neuroweave.chat.search.documents import Document, Section, read_document
-from neuroweave.chat.search.passages import LONGEST, passages
+from neuroweave.chat.search.passages import LONGEST, passages, pieces
 from neuroweave.chat.search.reading_process import ReadingProcess
 
 HTML = """<!DOCTYPE html><html><head><title>Tea &amp; cake &#8212; A guide 3.1</title>
@@ -232,6 +233,17 @@ def test_pdf_that_cannot_be_read(content: bytes, reason: str) -> None:
 def test_pdf_locked_for_its_owner_only_is_read(algorithm: str) -> None:
     made = pdf("for all", edit=lambda writer: writer.encrypt("", "owner", algorithm=algorithm))
     assert read(made, "pdf").sections == (Section("page 1", ("for all",)),)
+
+
+def test_a_long_line_is_cut_once() -> None:
+    """That it is not copied for each passage: 200 MB of copies here, and hours for a file of 200 MB."""
+    text = "some words of it " * 60_000
+    tracemalloc.start()
+    size = sum(len(piece) for piece in pieces(text))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(text) * 0.99 < size <= len(text)
+    assert most < 100_000
 
 
 def test_passages_are_short_whole_and_in_order() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_search_documents import pdf
 
 from neuroweave.chat.search import LocalFolder, SearchError, provider_of
 from neuroweave.chat.search.documents import read_document
-from neuroweave.chat.search.index_file import NAME, Entry, IndexFile, State, index_place
+from neuroweave.chat.search.index_file import NAME, Entry, IndexFile, State, discard, index_place
 from neuroweave.chat.search.passages import Passage
 from neuroweave.chat.search.queries import match_expression, query_words
 from neuroweave.cli.main import main
@@ -325,6 +328,58 @@ def test_an_index_damaged_inside_is_built_anew(folder: Path) -> None:
     assert sound(folder) == 4
 
 
+def test_an_index_with_other_tables_is_built_anew(folder: Path) -> None:
+    search = LocalFolder(folder)
+    for change in ("DROP TABLE pages", "ALTER TABLE documents DROP COLUMN warning"):
+        search.refresh()
+        with sqlite3.connect(folder / NAME) as database:
+            database.execute(change)
+        database.close()
+        assert [source.title for source in search.search("tea", count=5)] == ["tea times"]
+        assert sound(folder) == 4
+
+
+def test_an_index_or_a_folder_that_goes_during_a_chat(folder: Path) -> None:
+    search = LocalFolder(folder)
+    search.refresh()
+    discard(folder / NAME)
+    assert [source.title for source in search.search("tea", count=5)] == ["tea times"]
+    shutil.rmtree(folder)
+    with pytest.raises(SearchError, match="the folder has gone"):
+        search.search("tea", count=5)
+    folder.write_text("a file now")
+    with pytest.raises(SearchError, match="the folder has gone"):
+        search.search("tea", count=5)
+
+
+def test_nobody_else_can_read_documents_in_the_index(folder: Path) -> None:
+    LocalFolder(folder).refresh()
+    for file in folder.glob(f"{NAME}*"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_full_disk_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = IndexFile._opened
+
+    def small(self: IndexFile) -> sqlite3.Connection:
+        database = opened(self)
+        pages = database.execute("PRAGMA page_count").fetchone()[0]
+        database.execute(f"PRAGMA max_page_count = {pages + 2}")
+        return database
+
+    monkeypatch.setattr(IndexFile, "_opened", small)
+    (folder / "long.txt").write_text("\n\n".join(f"word{at} " * 100 for at in range(200)))
+    with pytest.raises(SearchError, match=r"the index cannot be written.*full"):
+        LocalFolder(folder).refresh()
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUROWEAVE_CACHE", "/dev/null")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SearchError, match=r"/dev/null/indexes/.*: the index cannot be written"):
+        LocalFolder(folder).refresh()
+
+
 def test_an_index_of_another_version_is_built_anew(folder: Path) -> None:
     LocalFolder(folder).refresh()
     with sqlite3.connect(folder / NAME) as database:
@@ -441,8 +496,17 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["problems"] == [
         {"path": "locked.pdf", "reason": "encrypted; save it without a password", "read": False}
     ]
-    run(["index", str(folder / "nowhere")], 2)
-    assert "no such folder" in capsys.readouterr().err
+    for name, reason in (("nowhere", "no such folder"), ("tea_times.txt", "a file; give a folder")):
+        run(["index", str(folder / name)], 2)
+        assert reason in capsys.readouterr().err
+    run(["index", ""], 2)
+    assert "give a folder" in capsys.readouterr().err
+
+
+def test_names_of_files_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a\x1b]0;x\x07\nnot read\u202e.pdf").write_bytes(b"%PDF-1.7 nothing")
+    run(["index", str(tmp_path)], 1)
+    assert capsys.readouterr().err.startswith("not read: a]0;x not read.pdf: ")
 
 
 def test_the_command_says_no_when_nothing_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,7 +233,7 @@ def test_waits_that_are_asked_for() -> None:
     assert retry_seconds("7") == 7
     assert retry_seconds("Sun, 06 Nov 1994 08:49:37 GMT", now=784111772.0) == 5
     assert retry_seconds("Sun, 06 Nov 1994 08:49:37 GMT", now=784111782.0) == 0
-    assert [retry_seconds(value) for value in (None, "", "soon", "-1", "1.5")] == [None] * 5
+    assert [retry_seconds(value) for value in (None, "", "soon", "-1", "1.5", "\u00b2")] == [None] * 6
 
 
 # --- pages ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -20,6 +21,7 @@ import torch
 from serving import Running, running, served
 from test_generate_cli import stripping_tokenizer
 
+from neuroweave.chat import connections
 from neuroweave.chat.answers import Assembly
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Limits
@@ -239,6 +241,8 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     ),
     "a search of a size": (chat_with(web_search_options={"search_context_size": "huge"}), 400, "web_search_options"),
     "a search": (chat_with(web_search_options={}), 400, "started without --search"),
+    "a tiny temperature": (chat_with(temperature=1e-40), 400, "0 takes the likeliest token"),
+    "a penalty": (chat_with(repetition_penalty=1e300), 400, "repetition_penalty"),
     "half a character": (chat_with(messages=[{"role": "user", "content": "\ud800"}]), 400, "is half of a character"),
     "a bias": (chat_with(logit_bias={"x": 1}), 400, "logit_bias"),
     "a far bias": (chat_with(logit_bias={"99999": 1}), 400, "token 99999 is not one of the model's 400"),
@@ -386,6 +390,34 @@ def test_nobody_is_told_where_the_documents_lie(tmp_path: Path) -> None:
     assert notices[0] == "nothing relevant was found by local:notes; the answer is the model's own"
     assert notices[1].startswith("notes: ")
     assert str(tmp_path) not in json.dumps(told)
+
+
+def test_connections_that_ask_for_nothing_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "MOST", 4)
+    with running([served()]) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        body = b"Content-Length: %d\r\n\r\n" % len(chat_with()) + chat_with()
+        with contextlib.ExitStack() as stack:
+            begun = [b"", b"POST /v1/chat", HEAD, HEAD + body + b"POST /v1/cha"]
+            held = [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in begun]
+            for connection, data in zip(held, begun, strict=True):
+                connection.sendall(data)
+            for connection in held:
+                while connection.recv(65536):
+                    pass
+        assert post(server, chat_with())[0] == 200
+
+
+def test_more_connections_than_are_kept_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST", 2)
+    with running([served()]) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        held = [socket.create_connection((host, int(port)), timeout=20) for _ in range(2)]
+        with pytest.raises(OSError, match=r"reset|refused|closed"):
+            post(server, chat_with())
+        for connection in held:
+            connection.close()
 
 
 def test_searches_that_hang_keep_nobody() -> None:
