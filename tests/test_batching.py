@@ -183,7 +183,7 @@ def test_ends_errands_and_closing() -> None:
     batcher.submit(text.job)
     assert text.tokens() == wanted[: wanted.index(end) + 1]
     assert text.told[-1].last == "stop"
-    assert batcher.run(lambda: threading.current_thread() is batcher.thread).result(60)
+    assert batcher.run(lambda: threading.current_thread() is batcher.thread.thread).result(60)
     with pytest.raises(ZeroDivisionError):
         batcher.run(lambda: 1 / 0).result(60)
     with pytest.raises(ValueError, match="no token"):

@@ -246,7 +246,7 @@ def test_every_place_of_a_neuroblast_plan_gets_its_activation_once():
 
 @pytest.mark.slow
 @pytest.mark.skipif("NEUROWEAVE_VLLM" not in os.environ, reason="NEUROWEAVE_VLLM names no python with vLLM")
-@pytest.mark.parametrize("row", ["llama, everywhere: phantom, chunked", "neuroblast, preempted"])
+@pytest.mark.parametrize("row", ["llama, all kinds, chunked prefill", "neuroblast, preempted"])
 def test_an_engine_gives_the_log_probabilities_of_transformers(row):
     command = [sys.executable, ROOT / "benchmarks" / "vllm_equality.py", os.environ["NEUROWEAVE_VLLM"], "--only", row]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -41,7 +41,7 @@ class Server:
     served: Sequence[Served]
     limits: Limits
     active: int = 0
-    preparing: set[asyncio.Future[Work]] = field(default_factory=set)
+    preparing: set[asyncio.Future[Any]] = field(default_factory=set)
 
     def of(self, name: str | None) -> Served:
         """Raises ServerError for a model that is not served."""
@@ -64,10 +64,10 @@ class Server:
         finally:
             self.active -= 1
 
-    async def prepared(self, prepare: Callable[[], Work]) -> Work:
+    async def prepared(self, prepare: Callable[[], Any]) -> Any:
         """In a thread of its own, which no search can keep from others, nor the server from ending."""
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Work] = loop.create_future()
+        found: asyncio.Future[Any] = loop.create_future()
 
         def work() -> None:
             try:
@@ -177,7 +177,7 @@ def application(
         async with server.place():
             try:
                 models = server.of(asked.model), server.of(asked.against)
-                return await asyncio.to_thread(divergence, *models, asked)
+                return dict(await server.prepared(functools.partial(divergence, *models, asked)))
             except ValueError as error:
                 raise ServerError(400, str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import socket
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from neuroweave.chat.guard import Guard
     from neuroweave.chat.served import Served
+    from neuroweave.runtime.model_thread import ModelThread
 
 KEY_VARIABLE = "NEUROWEAVE_API_KEY"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -75,11 +77,13 @@ def command(
     listening = listen(host, port)
     from neuroweave.chat.guard import Limits
     from neuroweave.chat.server import application
+    from neuroweave.runtime.model_thread import ModelThread
 
     try:
-        served = [load(model, name, "model", slots, dtype, device)]
+        load = functools.partial(loaded, slots=slots, dtype=dtype, device=device, thread=ModelThread())
+        served = [load(model, name, "model")]
         if against is not None:
-            served.append(load(against, None, "original", slots, dtype, device, taken=served[0].name))
+            served.append(load(against, None, "original", taken=served[0].name))
         limits = Limits(requests=requests, new_tokens=new_tokens)
         names = frozenset((*LOOPBACK_NAMES, host)) if loopback else None
         grounding = opened(served[0].writer)
@@ -120,17 +124,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def load(
-    source: str, name: str | None, role: str, slots: int, dtype: str, device: str, *, taken: str | None = None
-) -> Served:
+def loaded(
+    source: str, name: str | None, role: str, *,
+    slots: int, dtype: str, device: str, thread: ModelThread, taken: str | None = None,
+) -> Served:  # fmt: skip
     from neuroweave.chat.served import Served
     from neuroweave.runtime.batching import Batcher
     from neuroweave.runtime.writing import Writer
 
-    writer = Writer.load(source, dtype=dtype, device=device)
+    writer = thread.run(functools.partial(Writer.load, source, dtype=dtype, device=device)).result()
     name = name or os.path.basename(os.path.normpath(source)) or source
     name = f"{name}-{role}" if name == taken else name
-    batcher = Batcher(writer.model, slots=slots, source=source)
+    batcher = Batcher(writer.model, slots=slots, source=source, thread=thread)
     note(f"{name}: {writer.how}, {batcher.slots} texts together")
     if batcher.why_single:
         note(f"{name}: one text at a time ({batcher.why_single})")

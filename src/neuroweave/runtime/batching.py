@@ -1,4 +1,4 @@
-"""Many texts continued at once: a thread that runs the model over all of them together, a token each at a time.
+"""Many texts continued at once: the model runs over all of them together, a token each at a time.
 
 New texts are read in pieces, between the steps of those that are being written, so nobody waits for a long prompt.
 A text that ends or is cancelled leaves its place to the next in line. Letters: B rows, T columns, V vocabulary.
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from neuroweave.runtime.batch_cache import check_layers, join, keep
+from neuroweave.runtime.model_thread import ModelThread, fulfil
 
 PIECE = 256  # tokens of a prompt that are read between two steps
 AGREES = 1e-3  # of the spread of the logits: how far a row of a batch may be from the same text alone, in float32
@@ -38,7 +39,7 @@ class Token:
 @dataclass(eq=False)
 class Job:
     """A text to continue. `choose`: (the text so far, logits [V]) -> the next token. `tell`: gets every Token, or the
-    exception that ended the text; called from the batcher's thread. `likeliest`: how many of the best are told.
+    exception that ended the text; called from the model's thread. `likeliest`: how many of the best are told.
     `owner`: whoever has more texts in the batch waits for those who have fewer."""
 
     ids: list[int]
@@ -77,23 +78,26 @@ class ClosedError(RuntimeError):
 
 
 class Batcher:
-    """A model and the thread that runs it. `slots`: how many texts are written together; `why_single`: why it is one
-    for a model whose texts cannot be."""
+    """A model and its texts. `thread`: that runs it; one of its own by default. `slots`: how many texts are written
+    together; `why_single`: why it is one for a model whose texts cannot be."""
 
-    def __init__(self, model: Any, *, slots: int = 8, source: str = "the model") -> None:
+    def __init__(
+        self, model: Any, *, slots: int = 8, source: str = "the model", thread: ModelThread | None = None
+    ) -> None:
         self.model, self.source, self.why_single = model, source, ""
+        self.thread = thread or ModelThread()
         self.slots = slots
         if slots > 1:
-            self.why_single = why_not_together(model)
+            self.why_single = self.thread.run(functools.partial(why_not_together, model)).result()
             self.slots = 1 if self.why_single else slots
         self.waiting: deque[Job] = deque()
         self.reading: Job | None = None
         self.batch = Batch()
         self.errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self.wake = threading.Condition()
+        self.wake = self.thread.wake
         self.closing = False
-        self.thread = threading.Thread(target=self._serve, name=f"batcher of {source}", daemon=True)
-        self.thread.start()
+        self.closed = threading.Event()
+        self.thread.add(self)
 
     def submit(self, job: Job) -> None:
         """Raises ValueError for an empty text, and ClosedError."""
@@ -105,7 +109,7 @@ class Batcher:
             self.wake.notify()
 
     def run(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call something that uses the model, on the batcher's thread, between two steps. Raises ClosedError."""
+        """Call something that uses the model, on its thread, between two steps. Raises ClosedError."""
         future: Future[Any] = Future()
         with self.wake:
             self._check_open()
@@ -141,36 +145,45 @@ class Batcher:
         return len(self.batch.jobs) + (self.reading is not None), len(self.waiting)
 
     def close(self) -> None:
-        """End the thread; texts that are not finished are told so."""
+        """End the work; texts that are not finished are told so."""
         with self.wake:
             self.closing = True
             self.wake.notify()
-        self.thread.join()
+        self.closed.wait()
 
     # ------------------------------------------------------------------------------------------------- the thread
 
-    def _serve(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self.wake:
-                    self.wake.wait_for(lambda: self.closing or self.waiting or self.errands or self._busy())
-                    if self.closing:
-                        break
-                    errands = list(self.errands)
-                    self.errands.clear()
-                for function, future in errands:
-                    fulfil(future, function)
-                self._leave([job for job in self.batch.jobs if job.cancelled])
-                self._read_a_piece()
-                if self.batch.jobs:
-                    self._step()
+    def has_work(self) -> bool:
+        """Called with `wake` held."""
+        if self.closed.is_set():
+            return False
+        return bool(self.closing or self.waiting or self.errands or self.batch.jobs or self.reading)
+
+    @torch.inference_mode()
+    def turn(self) -> None:
+        """One step of all texts, and one piece of a new one."""
+        if self.closing:
+            self._end()
+            return
+        with self.wake:
+            errands = list(self.errands)
+            self.errands.clear()
+        for function, future in errands:
+            fulfil(future, function)
+        self._leave([job for job in self.batch.jobs if job.cancelled])
+        self._read_a_piece()
+        if self.batch.jobs:
+            self._step()
+
+    def _end(self) -> None:
         for job in [*self.batch.jobs, *([self.reading] if self.reading else []), *self.waiting]:
             job.tell(ClosedError())
         for _, future in self.errands:
             future.set_exception(ClosedError())
-
-    def _busy(self) -> bool:
-        return bool(self.batch.jobs) or self.reading is not None
+        self.batch, self.reading = Batch(), None
+        self.waiting.clear()
+        self.closed.set()
+        self.thread.remove(self)
 
     def _read_a_piece(self) -> None:
         if self.reading is None:
@@ -285,15 +298,6 @@ def mask_of(lengths: Sequence[int]) -> Tensor:
     """[B, T + 1]: 1 where a row has a token, the one that is read now included; rows end together."""
     columns = torch.arange(max(lengths) + 1)
     return (columns[None] >= max(lengths) - torch.tensor(list(lengths))[:, None]).long()
-
-
-def fulfil(future: Future[Any], function: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)
 
 
 @torch.inference_mode()
