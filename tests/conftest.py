@@ -14,8 +14,13 @@ from filelock import FileLock
 from neuroweave.checkpoint import embedded_gguf, import_checkpoint
 
 _MODELS = "models"
-# Before anything imports JAX: its tests lay models over eight devices of one CPU.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before anything imports JAX: its tests lay models over eight devices of one CPU. They compile more than they compute.
+_XLA = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(_XLA))
 # What one test compiles, others and the processes that they start need not compile again.
 _COMPILED = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="neuroweave-jax-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))

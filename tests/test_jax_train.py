@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -266,7 +267,8 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_weights(corpus: Path, tm
 
 def start(*arguments: Any, devices: int = 4, **more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "neuroweave", "train", *map(str, arguments), "--backend", "jax"]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | more
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    environment = os.environ | {"XLA_FLAGS": flags} | more
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
