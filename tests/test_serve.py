@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ import openai
 import pytest
 import torch
 from serving import Running, running, served
+from sse_starlette.sse import AppStatus
 from test_generate_cli import stripping_tokenizer
 
 from neuroweave.chat import connections
@@ -447,7 +449,8 @@ def test_searches_that_hang_keep_nobody() -> None:
         silent.set()
 
 
-def test_who_is_being_answered_is_told_of_the_end() -> None:
+def test_who_is_being_answered_is_told_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AppStatus, "should_exit", False)  # of all servers of a process
     settings: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 4000, "logit_bias": {"2": -100}}
     with running([served()]) as server, openai.OpenAI(base_url=f"{server.address}/v1", api_key="x") as client:
         stream = client.with_options(max_retries=0).chat.completions.create(**settings, stream=True)
@@ -456,7 +459,9 @@ def test_who_is_being_answered_is_told_of_the_end() -> None:
             whole = pool.submit(client.with_options(max_retries=0).chat.completions.create, **settings)
             while server.load() != (2, 0):
                 time.sleep(0.01)
-            server.server.should_exit = True
+            close = server.served[0].batcher.close
+            monkeypatch.setattr(server.served[0].batcher, "close", lambda: (time.sleep(1), close()))  # a long step
+            server.server.handle_exit(signal.SIGINT, None)
             with pytest.raises(openai.InternalServerError, match="is shutting down"):
                 whole.result()
         with pytest.raises(openai.APIError, match="shutting down"):

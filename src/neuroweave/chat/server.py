@@ -31,6 +31,7 @@ from neuroweave.chat.work import Work, chat_work, completion_work, stream, unles
 from neuroweave.runtime.batching import ClosedError
 
 PAGE = Path(__file__).parent / "page"
+FAREWELL_SECONDS = 2.0  # in which a stream can say that the server ends
 SEND_SECONDS = 60.0  # a client that does not read for so long is dropped
 
 
@@ -107,7 +108,9 @@ class Server:
             except ValueError as error:
                 raise ServerError(400, str(error)) from error
             events = stream(work.reply, answers, stack.pop_all(), counted=wants_usage(asked))
-            return EventSourceResponse(events, send_timeout=SEND_SECONDS, sep="\n")
+            return EventSourceResponse(
+                events, send_timeout=SEND_SECONDS, sep="\n", shutdown_grace_period=FAREWELL_SECONDS
+            )
 
 
 def application(
