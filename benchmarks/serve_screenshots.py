@@ -16,7 +16,8 @@ from pathlib import Path
 
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.search import provider_of
-from neuroweave.cli.serve import load
+from neuroweave.cli.serve import loaded
+from neuroweave.runtime.model_thread import ModelThread
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -73,9 +74,10 @@ def main() -> None:
     parser.add_argument("--chat", default=CHAT, help="what is asked with a search in the notes")
     parser.add_argument("--compare", default=COMPARE, help="what both are asked")
     given = parser.parse_args()
+    how = {"slots": 8, "dtype": "auto", "device": "cpu", "thread": ModelThread()}
     served = [
-        load(given.model, None, "model", 8, "auto", "cpu"),
-        load(given.original, None, "original", 8, "auto", "cpu"),
+        loaded(given.model, None, "model", **how),
+        loaded(given.original, None, "original", **how),
     ]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as profile:
         notes = Path(folder) / "notes"
