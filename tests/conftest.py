@@ -1,17 +1,24 @@
-"""Two real models for every test: imported once per run, shared by the workers of pytest-xdist, removed at the end."""
+"""Two real models for every test: imported once per run, shared by the workers of pytest-xdist, removed at the end. A
+browser, too."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
 
 from neuroweave.checkpoint import embedded_gguf, import_checkpoint
+
+if TYPE_CHECKING:
+    from chromium import Chromium
 
 _MODELS = "models"
 # Before anything imports JAX: its tests lay models over eight devices of one CPU. They compile more than they compute.
@@ -98,3 +105,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         shutil.rmtree(factory.getbasetemp() / _MODELS, ignore_errors=True)
         if _COMPILED is not None:
             shutil.rmtree(_COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    from chromium import Chromium
+
+    with Chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def reciting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes every model of a server say what it is told to."""
+    from served_page import recite
+
+    return functools.partial(recite, monkeypatch)

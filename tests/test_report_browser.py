@@ -4,7 +4,6 @@ and dark and on a phone. Needs Chromium (Debian package `chromium`)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
     file.write_text(render_report(made_comparison(NAMED, layers=32)), encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
 
 
 def test_four_models_of_32_layers_stay_small(page: Path) -> None:

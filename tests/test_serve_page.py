@@ -6,9 +6,8 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
-from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from served_page import (
     faults,
     only_here,
     opened,
-    recite,
     sent,
     setting,
     texts,
@@ -54,17 +52,6 @@ WATCH = """(() => {
 def both() -> Iterator[Running]:
     with running([served("model", seed=1), served("original", seed=2, role="original")]) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def reciting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    return partial(recite, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------- the chat

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from served_page import (
     begin,
     compared,
     opened,
-    recite,
     setting,
     texts,
 )
@@ -70,17 +68,6 @@ def full() -> Iterator[Running]:
     models = [served("model", seed=1), served("original", seed=2, role="original")]
     with running(models, grounding=Grounding(StandIn(sources), 3)) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def reciting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    return partial(recite, monkeypatch)
 
 
 def filled(browser: Chromium, server: Running, reciting: Any, view: str) -> None:
