@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from test_search_documents import pdf
 
-from neuroweave.chat.search import LocalFolder, SearchError, provider_of
+from neuroweave.chat.search import LocalFolder, SearchError, index_file, provider_of
 from neuroweave.chat.search.documents import read_document
 from neuroweave.chat.search.index_file import NAME, Entry, IndexFile, State, discard, index_place
 from neuroweave.chat.search.passages import Passage
@@ -467,13 +467,17 @@ def test_what_another_process_has_stored_is_not_stored_again(folder: Path) -> No
     assert sound(folder) == 6
 
 
-def test_searches_go_on_while_another_writes(folder: Path) -> None:
+def test_searches_go_on_while_another_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in folder.rglob("*.*"):
+        os.utime(file, (10**9, 10**9))
     search = LocalFolder(folder)
     search.refresh()
     with IndexFile(index_place(folder)) as index:
         index.database.execute("BEGIN EXCLUSIVE")
         index._delete("tea_times.txt")
         assert [source.title for source in search.search("tea", count=1)] == ["tea times"]
+        monkeypatch.setattr(index_file, "BUSY", 0.1)
+        assert LocalFolder(folder).refresh().documents == 4  # nothing has changed, so nothing is written
         index.database.execute("ROLLBACK")
     assert sound(folder) == 4
 

@@ -87,7 +87,8 @@ def refresh(folder: Path, index: IndexFile, *, progress: Callable[[int, int], No
                 if progress is not None:
                     progress(at + 1, len(doubtful))
         finally:  # Ctrl-C
-            index.store(batch)
+            if batch:
+                index.store(batch)
     if added + altered + len(gone) >= TIDIED:
         index.tidy()
     documents, count = index.counts()
