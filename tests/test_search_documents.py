@@ -192,6 +192,12 @@ def test_encodings(content: bytes, charset: str | None, text: str | None, warnin
     assert bool(document.warning) == bool(warning)
 
 
+@pytest.mark.parametrize("charset", ["hex", "rot13", "zip", "idna", "undefined", "no-such"])
+def test_charsets_that_are_none_of_texts(charset: str) -> None:
+    page = f"<meta charset={charset}><p>Tea at four, caf\u00e9.</p>".encode()
+    assert read(page).text == "Tea at four, caf\u00e9."
+
+
 def test_html_declares_its_encoding() -> None:
     page = '<html><head><meta charset="iso-8859-1"></head><body><p>für</p></body></html>'.encode("latin-1")
     assert read(page).text == "für"

@@ -25,6 +25,7 @@ from neuroweave.chat.search.addresses import AddressPolicy
 from neuroweave.chat.search.brave import Brave
 from neuroweave.chat.search.cache import SourceCache
 from neuroweave.chat.search.careful import CarefulProvider, Pace
+from neuroweave.chat.search.discreet import DiscreetProvider
 from neuroweave.chat.search.duckduckgo import DuckDuckGo
 from neuroweave.chat.search.searxng import Searxng
 from neuroweave.chat.search.sources import TransientError
@@ -521,6 +522,16 @@ def test_specs(tmp_path: Path) -> None:
     assert provider_of(f"local:{tmp_path}").name == f"local:{tmp_path}"
     assert provider_of("searxng:http://localhost:8888/").name == "searxng:http://localhost:8888"
     assert provider_of(" duckduckgo ").name == "duckduckgo"
+
+
+def test_who_may_not_know_a_folder_is_told_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes").mkdir()
+    monkeypatch.chdir(tmp_path / "notes")
+    for spec in ("local:.", f"local:{tmp_path}/notes", "local:../notes"):
+        discreet = DiscreetProvider(provider_of(spec))
+        assert discreet.name == "local:notes"
+        with pytest.raises(SearchError, match=r"^notes: nothing to search; neuroweave index tells why$"):
+            discreet.search("tea", count=1)
 
 
 def test_pages_of_results_are_read_and_only_where_allowed(tmp_path: Path) -> None:

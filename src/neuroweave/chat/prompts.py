@@ -19,12 +19,8 @@ from neuroweave.text.tokens import start_tokens
 
 Message = dict[str, Any]  # role, content, and what a template may want besides
 PLAIN_ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-PLAIN_STOPS = (
-    "\nUser:",
-    "\nSystem:",
-    "<source ",
-    "</source ",
-)  # where a model without a template has begun to write for others
+# Where a model without a template has begun to write for others.
+PLAIN_STOPS = ("\nUser:", "\nSystem:", "<source ", "</source ")
 SPEAKER = re.compile(r"^(?=[ \t]*(?:system|user|assistant|tool)[ \t]*:)", re.IGNORECASE | re.MULTILINE)
 MARK = "\ue000{}:{}\ue001"  # private use, and a word that nobody can guess
 

@@ -17,7 +17,7 @@ class DiscreetProvider:
 
     @property
     def name(self) -> str:
-        return self._without_folders(self.provider.name)
+        return f"local:{self.provider.folder.name}" if isinstance(self.provider, LocalFolder) else self.provider.name
 
     def search(self, query: str, *, count: int) -> list[Source]:
         try:
@@ -28,7 +28,5 @@ class DiscreetProvider:
     def _without_folders(self, text: str) -> str:
         if not isinstance(self.provider, LocalFolder):
             return text
-        folder, typed = self.provider.folder, self.provider.name.removeprefix("local:")
-        for place, shown in ((str(folder), folder.name), (typed, folder.name), (str(user_cache()), "...")):
-            text = text.replace(place, shown)
-        return text
+        folder = self.provider.folder
+        return text.replace(str(folder), folder.name or "/").replace(str(user_cache()), "...")

@@ -103,7 +103,7 @@ def decode(content: bytes, charset: str | None = None) -> tuple[str, str]:
     if b"\0" in content[:8192]:
         raise ValueError("a binary file (it holds NUL bytes)")
     if charset and (declared := known(charset)) not in (None, "utf-8", "ascii"):
-        with contextlib.suppress(UnicodeError):  # of codecs that are for names of hosts, or for nothing
+        with contextlib.suppress(UnicodeError, LookupError):  # of codecs that are for something else than texts
             text = content.decode(str(declared), "replace")
             return clean(text), replacements(text, content, str(declared))
     try:
@@ -120,8 +120,7 @@ def decode(content: bytes, charset: str | None = None) -> tuple[str, str]:
 
 def known(charset: str) -> str | None:
     try:
-        codec = codecs.lookup(charset.strip("\"' "))
-        return codec.name if codec._is_text_encoding else None
+        return codecs.lookup(charset.strip("\"' ")).name
     except (LookupError, ValueError):
         return None
 
