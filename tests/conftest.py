@@ -121,3 +121,11 @@ def reciting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from served_page import recite
 
     return functools.partial(recite, monkeypatch)
+
+
+@pytest.fixture
+def dawdling(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes every model of a server slow, in what it begins from then on."""
+    from serving import dawdle
+
+    return functools.partial(dawdle, monkeypatch)

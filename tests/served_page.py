@@ -19,7 +19,6 @@ READY = "!document.querySelector('[name=send]').disabled && !document.querySelec
 TURN = "main section:not([hidden]) .turn:last-child"
 OVER = f"{READY} && document.querySelector('{TURN} .actions')"
 BEGUN = f"document.querySelector('{TURN} :is(.prose, .tokens)')?.textContent.length > 0"
-ENDLESS = 4000  # tokens; more than a test waits for
 # Markup that says so when it is taken for markup.
 HOSTILE = "<img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
 

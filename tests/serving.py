@@ -7,14 +7,16 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import uvicorn
 from test_generate_cli import byte_tokenizer
 from tiny_llama import tiny_model
 
+from neuroweave.chat import served as served_module
 from neuroweave.chat.connections import ImpatientProtocol
 from neuroweave.chat.served import Served
 from neuroweave.chat.server import application
@@ -27,6 +29,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 POSITIONS = 4096
+ENDLESS = 3000  # tokens; written by those who dawdle they take a minute, more than a test waits for
 
 
 def served(name: str = "tiny", *, seed: int = 0, role: str = "model", slots: int = 4, template: bool = True) -> Served:
@@ -54,10 +57,33 @@ class Running:
 
     def settled(self, seconds: float = 20) -> bool:
         """Whether nothing is written or waits any more, within that time."""
-        ended = time.monotonic() + seconds
-        while self.load() != (0, 0) and time.monotonic() < ended:
-            time.sleep(0.02)
-        return self.load() == (0, 0)
+        return within(seconds, lambda: self.load() == (0, 0))
+
+
+def within(seconds: float, so: Callable[[], bool]) -> bool:
+    """Whether it is so before that time is over."""
+    ended = time.monotonic() + seconds
+    while time.monotonic() < ended:
+        if so():
+            return True
+        time.sleep(0.02)
+    return so()
+
+
+def dawdle(monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.02) -> None:
+    """Texts that begin from now on take that time or more for each token: on no machine are they over too early."""
+    chooser = served_module.chooser
+
+    def dawdling(*given: Any, **settings: Any) -> Callable[..., int]:
+        choose = chooser(*given, **settings)
+
+        def late(*found: Any) -> int:
+            time.sleep(seconds)
+            return choose(*found)
+
+        return late
+
+    monkeypatch.setattr(served_module, "chooser", dawdling)
 
 
 @contextlib.contextmanager

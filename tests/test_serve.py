@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import Running, running, served
+from serving import ENDLESS, Running, running, served, within
 from sse_starlette.sse import AppStatus
 from test_generate_cli import stripping_tokenizer
 
@@ -37,7 +37,7 @@ ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     models = [served(), served("other", seed=1, role="original"), served("plain", seed=2, template=False)]
-    with running(models, limits=Limits(new_tokens=3000, requests=6, body_seconds=0.5)) as found:
+    with running(models, limits=Limits(new_tokens=ENDLESS, requests=6, body_seconds=0.5)) as found:
         yield found
 
 
@@ -300,9 +300,10 @@ def test_bodies_that_do_not_end(server: Running) -> None:
     assert post(server, chat_with())[0] == 200
 
 
-def test_too_many_requests_at_once(server: Running) -> None:
+def test_too_many_requests_at_once(server: Running, dawdling: Any) -> None:
+    dawdling()
     with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
-        settings: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "temperature": 0}
+        settings: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": ENDLESS, "temperature": 0}
         streams = [client.completions.create(**settings, stream=True) for _ in range(6)]
         with pytest.raises(openai.RateLimitError, match="answers 6 requests at once"):
             client.completions.create(**settings)
@@ -313,22 +314,20 @@ def test_too_many_requests_at_once(server: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) -> None:
+def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool, dawdling: Any) -> None:
+    dawdling()
     body = json.dumps(
-        {"prompt": "a", "max_tokens": 3000, "temperature": 0, "stream": stream, "model": "other"}
+        {"prompt": "a", "max_tokens": ENDLESS, "temperature": 0, "stream": stream, "model": "other"}
     ).encode()
     head = HEAD.replace(b"chat/", b"") + b"Content-Length: %d\r\n\r\n" % len(body)
     host, port = server.address.removeprefix("http://").split(":")
     connections = [socket.create_connection((host, int(port))) for _ in range(5)]
     for connection in connections:
         connection.sendall(head + body)
-    ended = time.monotonic() + 20
-    while server.load() != (4, 1) and time.monotonic() < ended:
-        time.sleep(0.01)
-    found = server.load()
+    begun = within(20, lambda: server.load() == (4, 1))
     for connection in connections:
         connection.close()
-    assert found == (4, 1)
+    assert begun
     assert server.settled(5)
 
 

@@ -14,7 +14,6 @@ import pytest
 from chromium import BINARY, NAMES, Chromium
 from served_page import (
     BEGUN,
-    ENDLESS,
     HOSTILE,
     OVER,
     READY,
@@ -30,7 +29,7 @@ from served_page import (
     setting,
     texts,
 )
-from serving import Running, running, served
+from serving import ENDLESS, Running, running, served, within
 
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.guard import Limits
@@ -110,8 +109,9 @@ def test_what_is_sent_and_what_is_remembered(browser: Chromium, both: Running, r
 
 
 @pytest.mark.parametrize("how", ["button", "Escape", "new chat", "reload"])
-def test_stop_ends_the_request(browser: Chromium, both: Running, how: str) -> None:
+def test_stop_ends_the_request(browser: Chromium, both: Running, how: str, dawdling: Any) -> None:
     opened(browser, both)
+    dawdling()
     setting(browser, "max_tokens", ENDLESS)
     begin(browser, "Hello")
     browser.wait(BEGUN)
@@ -165,10 +165,11 @@ def test_an_error_is_shown_and_the_chat_goes_on(browser: Chromium, both: Running
     assert faults(browser) == []
 
 
-def test_a_server_that_is_busy_and_one_that_is_gone(browser: Chromium, reciting: Any) -> None:
+def test_a_server_that_is_busy_and_one_that_is_gone(browser: Chromium, reciting: Any, dawdling: Any) -> None:
     with running([served()], limits=Limits(requests=1, new_tokens=99)) as server:
         opened(browser, server)
         assert browser.evaluate("document.querySelector('[name=max_tokens]').value") == "99"  # not what is refused
+        dawdling(seconds=0.2)
         other = http.client.HTTPConnection(server.address.removeprefix("http://"))
         content = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True})
         other.request("POST", "/v1/chat/completions", content, {"content-type": "application/json"})
@@ -179,7 +180,7 @@ def test_a_server_that_is_busy_and_one_that_is_gone(browser: Chromium, reciting:
         assert texts(browser, ".problem b") == ["The server is busy:"]
         held.close()
         other.close()
-        assert server.settled()
+        assert within(20, lambda: server.requests() == 0)
         browser.click(".problem .again")
         browser.wait(f"{OVER} && !document.querySelector('.problem')")
         assert texts(browser, ".prose") == ["Here I am."]
@@ -188,7 +189,8 @@ def test_a_server_that_is_busy_and_one_that_is_gone(browser: Chromium, reciting:
     assert texts(browser, ".prose")[0] == "Here I am."
 
 
-def test_a_server_that_ends_in_the_middle(browser: Chromium) -> None:
+def test_a_server_that_ends_in_the_middle(browser: Chromium, dawdling: Any) -> None:
+    dawdling()
     with running([served()]) as server:
         opened(browser, server)
         setting(browser, "max_tokens", ENDLESS)
@@ -230,7 +232,7 @@ def test_the_key_is_asked_for(browser: Chromium, reciting: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------- sources
 
 
-def test_sources_and_citations(browser: Chromium, reciting: Any) -> None:
+def test_sources_and_citations(browser: Chromium, reciting: Any, dawdling: Any) -> None:
     moon = f"Tides are made by the Moon. {HOSTILE} " + "More. " * 90
     sources = [
         Source(f"Tides {HOSTILE}", "https://example.org/a?b=1", moon, date(2024, 5, 1)),
@@ -264,6 +266,7 @@ def test_sources_and_citations(browser: Chromium, reciting: Any) -> None:
         assert texts(browser, "main :is(script, img)") == []
         setting(browser, "max_tokens", ENDLESS)
         reciting("tides and " * 300)
+        dawdling()
         begin(browser, "Tides of the Moon, again?")
         browser.wait(BEGUN)
         browser.click("[name=stop]")
@@ -384,7 +387,8 @@ def test_models_that_agree(browser: Chromium, both: Running, reciting: Any) -> N
     assert title.endswith("; 3 tokens")
 
 
-def test_a_comparison_is_stopped(browser: Chromium, both: Running) -> None:
+def test_a_comparison_is_stopped(browser: Chromium, both: Running, dawdling: Any) -> None:
+    dawdling()
     compared(browser, both)
     setting(browser, "max_tokens", ENDLESS)
     begin(browser, "Hello")

@@ -12,7 +12,6 @@ import pytest
 from chromium import BINARY, NAMES, Chromium
 from served_page import (
     BEGUN,
-    ENDLESS,
     HOSTILE,
     READY,
     StandIn,
@@ -23,7 +22,7 @@ from served_page import (
     setting,
     texts,
 )
-from serving import Running, running, served
+from serving import ENDLESS, Running, running, served
 
 from neuroweave.chat.grounding import Grounding
 from neuroweave.chat.search.sources import Source
@@ -164,7 +163,8 @@ def test_keys(browser: Chromium, full: Running, reciting: Any, view: str) -> Non
     assert len(been) > 10
 
 
-def test_nothing_moves_for_those_who_want_it_still(browser: Chromium, full: Running) -> None:
+def test_nothing_moves_for_those_who_want_it_still(browser: Chromium, full: Running, dawdling: Any) -> None:
+    dawdling()
     opened(browser, full)
     setting(browser, "max_tokens", ENDLESS)
     begin(browser, "Hello")
