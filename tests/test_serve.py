@@ -448,9 +448,10 @@ def test_searches_that_hang_keep_nobody() -> None:
         silent.set()
 
 
-def test_who_is_being_answered_is_told_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_being_answered_is_told_of_the_end(monkeypatch: pytest.MonkeyPatch, dawdling: Any) -> None:
+    dawdling()
     monkeypatch.setattr(AppStatus, "should_exit", False)  # of all servers of a process
-    settings: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 4000, "logit_bias": {"2": -100}}
+    settings: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": ENDLESS, "logit_bias": {"2": -100}}
     with running([served()]) as server, openai.OpenAI(base_url=f"{server.address}/v1", api_key="x") as client:
         stream = client.with_options(max_retries=0).chat.completions.create(**settings, stream=True)
         next(iter(stream))
