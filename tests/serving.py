@@ -38,7 +38,7 @@ def served(name: str = "tiny", *, seed: int = 0, role: str = "model", slots: int
     model: Any = tiny_model(seed, vocab_size=len(tokenizer), max_position_embeddings=POSITIONS)
     model.generation_config.eos_token_id = None  # random weights end nowhere, and tests want long texts
     writer = Writer(name, model, tokenizer, "cpu, float32", {})
-    return Served(name, writer, Batcher(model, slots=slots, source=name), role)
+    return Served(name, writer, Batcher(model, slots=slots, source=name, kept_tokens=POSITIONS), role)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Reply:
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self.head(chunk=True), "choices": choices, **more}
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self.head(chunk=False), "choices": choices, "usage": usage}
 
     def opening(self, count: int) -> list[dict[str, Any]]:
@@ -100,11 +100,13 @@ def what_was_read(grounded: Grounded) -> dict[str, Any]:
     return {"sources": [passage.as_dict() for passage in grounded.passages], "notices": grounded.notices}
 
 
-def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, new_tokens: int, known: int) -> dict[str, Any]:
+    """`known`: tokens of the prompts that were not read again."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new_tokens,
         "total_tokens": prompt_tokens + new_tokens,
+        "prompt_tokens_details": {"cached_tokens": known},
     }
 
 

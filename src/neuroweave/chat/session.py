@@ -11,7 +11,7 @@ from neuroweave.chat.answers import begun, first_stop
 from neuroweave.chat.citations import Citer
 from neuroweave.chat.grounding import Grounded, Grounding, Passage, shortened
 from neuroweave.chat.prompts import PLAIN_STOPS, Message, encode_messages, has_template
-from neuroweave.runtime.writing import Writer
+from neuroweave.runtime.writing import StopWriting, Writer
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Session:
         citer = Citer(grounded.texts)
         output = Output(show, citer, () if templated else PLAIN_STOPS)
         stopped = "end of text"
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(StopWriting):
             stopped = self.writer.write(ids, config, seed=seed, show=output.put).stopped
         if stopped == "length" and config.max_new_tokens < self.new_tokens:
             stopped = "context"
@@ -93,10 +93,6 @@ class Session:
         return Turn(
             output.text.strip(), grounded.passages, citer.cited, citer.removed, grounded.notices, prompt, stopped
         )
-
-
-class Stopped(Exception):  # noqa: N818  (not an error)
-    """A stop string was written."""
 
 
 @dataclass(eq=False)
@@ -111,14 +107,14 @@ class Output:
     held: str = ""
 
     def put(self, piece: str) -> None:
-        """Raises Stopped at a stop string."""
+        """Raises StopWriting at a stop string."""
         self.held += piece
         place, stop = first_stop(self.held, self.stops)
         length = place if stop is not None else len(self.held) - begun(self.held, self.stops)
         given, self.held = self.held[:length], "" if stop is not None else self.held[length:]
         self._give(given)
         if stop is not None:
-            raise Stopped
+            raise StopWriting
 
     def end(self, *, cut: bool = False) -> None:
         self._give("" if cut else self.held)  # what is held may be the beginning of a stop string

@@ -154,8 +154,9 @@ async def stream(
             yield event(ServerError(status, str(error) or type(error).__name__).body())
 
 
-def usage_of(answers: Sequence[Answering]) -> dict[str, int]:
-    return usage(sum(each.prompt_tokens for each in answers), sum(each.new_tokens for each in answers))
+def usage_of(answers: Sequence[Answering]) -> dict[str, Any]:
+    known = sum(each.job.known for each in answers if each.job is not None)
+    return usage(sum(each.prompt_tokens for each in answers), sum(each.new_tokens for each in answers), known)
 
 
 def wants_usage(asked: Shared) -> bool:

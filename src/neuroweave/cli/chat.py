@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.chatting import chatting_options, open_session, seed_of, show_in_terminal, sources_shown, tell
+from neuroweave.cli.chatting import (
+    KEPT_TOKENS,
+    chatting_options,
+    open_session,
+    seed_of,
+    show_in_terminal,
+    sources_shown,
+    tell,
+)
 from neuroweave.cli.console import note
 from neuroweave.cli.generate import check_utf8
 from neuroweave.cli.main import one_line
@@ -40,6 +48,7 @@ COMMAND = re.compile(r"/\w*(\s|$)")  # not a path
 @chatting_options
 def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> None:
     session = open_session(model, **options)
+    session.writer = session.writer.remembering(KEPT_TOKENS)
     seed = seed_of(seed)
     if sys.stdin.isatty():
         note(f"{model}: {session.writer.how}\n{HELP}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from neuroweave.checkpoint.loading import check_source
-from neuroweave.cli.chatting import open_search, search_options
+from neuroweave.cli.chatting import KEPT_TOKENS, open_search, search_options
 from neuroweave.cli.console import found, note
 
 if TYPE_CHECKING:
@@ -56,13 +56,20 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
     "--new-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of one answer, at most."
 )
 @click.option(
+    "--kept-tokens",
+    type=click.IntRange(min=0),
+    default=KEPT_TOKENS,
+    show_default=True,
+    help="Of earlier texts, whose beginning is not read again; they take as much memory as texts being written.",
+)
+@click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
 def command(
     model: str, against: str | None, search: str | None, passages: int | None, allow_hosts: tuple[str, ...],
     proxy: str | None, name: str | None, host: str, port: int, api_key: str | None, slots: int, requests: int,
-    new_tokens: int, dtype: str, device: str,
+    new_tokens: int, kept_tokens: int, dtype: str, device: str,
 ) -> None:  # fmt: skip
     require_server()
     loopback = is_loopback(host)
@@ -80,7 +87,9 @@ def command(
     from neuroweave.runtime.model_thread import ModelThread
 
     try:
-        load = functools.partial(loaded, slots=slots, dtype=dtype, device=device, thread=ModelThread())
+        load = functools.partial(
+            loaded, slots=slots, kept_tokens=kept_tokens, dtype=dtype, device=device, thread=ModelThread()
+        )
         served = [load(model, name, "model")]
         if against is not None:
             served.append(load(against, None, "original", taken=served[0].name))
@@ -126,7 +135,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def loaded(
     source: str, name: str | None, role: str, *,
-    slots: int, dtype: str, device: str, thread: ModelThread, taken: str | None = None,
+    slots: int, kept_tokens: int, dtype: str, device: str, thread: ModelThread, taken: str | None = None,
 ) -> Served:  # fmt: skip
     from neuroweave.chat.served import Served
     from neuroweave.runtime.batching import Batcher
@@ -135,10 +144,12 @@ def loaded(
     writer = thread.run(functools.partial(Writer.load, source, dtype=dtype, device=device)).result()
     name = name or os.path.basename(os.path.normpath(source)) or source
     name = f"{name}-{role}" if name == taken else name
-    batcher = Batcher(writer.model, slots=slots, source=source, thread=thread)
+    batcher = Batcher(writer.model, slots=slots, source=source, thread=thread, kept_tokens=kept_tokens)
     note(f"{name}: {writer.how}, {batcher.slots} texts together")
     if batcher.why_single:
         note(f"{name}: one text at a time ({batcher.why_single})")
+    if kept_tokens and batcher.prefixes.why_none:
+        note(f"{name}: every prompt is read whole ({batcher.prefixes.why_none})")
     return Served(name, replace(writer, source=name), batcher, role)  # refusals tell no path
 
 

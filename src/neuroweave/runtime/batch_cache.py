@@ -6,6 +6,7 @@ last columns; the states of convolutions have no columns to fill. Letters: B row
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,46 @@ def keep(cache: DynamicCache, rows: Sequence[int], *, drop: int) -> None:
             values: Any = each.values
             first, place = keys.shape[-2] - held, index.to(keys.device)
             each.keys, each.values = (kept[place][..., first:, :].contiguous() for kept in (keys, values))
+
+
+def row_of(cache: DynamicCache, row: int, *, drop: int) -> DynamicCache:
+    """A cache of its own for one row, without the first `drop` columns, which are filling."""
+    found = twin(cache)
+    keep(found, [row], drop=drop)
+    return found
+
+
+def twin(cache: DynamicCache) -> DynamicCache:
+    """Another cache, so far of the same tensors."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+    return found
+
+
+def can_go_back(cache: DynamicCache) -> bool:
+    """Whether every layer still has all columns, so that the cache of any beginning is a part of it."""
+    return all(
+        isinstance(layer, DynamicLayer)
+        and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        and layer.is_initialized
+        and (layer.keys is not None and layer.keys.shape[-2] == layer.get_seq_length())
+        for layer in cache.layers
+    )
+
+
+def beginning(cache: DynamicCache, columns: int) -> DynamicCache:
+    """A copy of a one-row cache, of its first columns alone; see `can_go_back`."""
+    if columns == cache.get_seq_length():
+        return row_of(cache, 0, drop=0)
+    found = twin(cache)
+    for layer in found.layers:
+        each: Any = layer
+        each.keys, each.values = (kept[..., :columns, :].clone() for kept in (each.keys, each.values))
+        if isinstance(each, DynamicSlidingWindowLayer):
+            each.cumulative_length = columns
+    return found
 
 
 def filled(states_BHTD: Any, columns: int) -> Tensor:

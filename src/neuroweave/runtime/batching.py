@@ -1,7 +1,8 @@
 """Many texts continued at once: the model runs over all of them together, a token each at a time.
 
 New texts are read in pieces, between the steps of those that are being written, so nobody waits for a long prompt.
-A text that ends or is cancelled leaves its place to the next in line. Letters: B rows, T columns, V vocabulary.
+A text that ends or is cancelled leaves its place to the next in line; what was read of it is kept for texts that begin
+alike. Letters: B rows, T columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from neuroweave.runtime.batch_cache import check_layers, join, keep
 from neuroweave.runtime.model_thread import ModelThread, fulfil
+from neuroweave.runtime.prefix_cache import PrefixCache
 
 PIECE = 256  # tokens of a prompt that are read between two steps
 AGREES = 1e-3  # of the spread of the logits: how far a row of a batch may be from the same text alone, in float32
@@ -40,7 +42,8 @@ class Token:
 class Job:
     """A text to continue. `choose`: (the text so far, logits [V]) -> the next token. `tell`: gets every Token, or the
     exception that ended the text; called from the model's thread. `likeliest`: how many of the best are told.
-    `owner`: whoever has more texts in the batch waits for those who have fewer."""
+    `owner`: whoever has more texts in the batch waits for those who have fewer. `known`: tokens of a kept text, which
+    were not read again."""
 
     ids: list[int]
     new_tokens: int
@@ -52,6 +55,7 @@ class Job:
     cancelled: bool = False
     written: int = 0
     read: int = 0
+    known: int = 0
     cache: DynamicCache | None = None
 
     def cancel(self) -> None:
@@ -79,17 +83,19 @@ class ClosedError(RuntimeError):
 
 class Batcher:
     """A model and its texts. `thread`: that runs it; one of its own by default. `slots`: how many texts are written
-    together; `why_single`: why it is one for a model whose texts cannot be."""
+    together; `why_single`: why it is one for a model whose texts cannot be. `kept_tokens`: see `PrefixCache`."""
 
     def __init__(
-        self, model: Any, *, slots: int = 8, source: str = "the model", thread: ModelThread | None = None
-    ) -> None:
+        self, model: Any, *, slots: int = 8, source: str = "the model", thread: ModelThread | None = None,
+        kept_tokens: int = 0,
+    ) -> None:  # fmt: skip
         self.model, self.source, self.why_single = model, source, ""
         self.thread = thread or ModelThread()
         self.slots = slots
         if slots > 1:
             self.why_single = self.thread.run(functools.partial(why_not_together, model)).result()
             self.slots = 1 if self.why_single else slots
+        self.prefixes = self.thread.run(functools.partial(PrefixCache, model, tokens=kept_tokens)).result()
         self.waiting: deque[Job] = deque()
         self.reading: Job | None = None
         self.batch = Batch()
@@ -170,7 +176,9 @@ class Batcher:
             self.errands.clear()
         for function, future in errands:
             fulfil(future, function)
-        self._leave([job for job in self.batch.jobs if job.cancelled])
+        cancelled = [job for job in self.batch.jobs if job.cancelled]
+        self._keep_texts(cancelled)
+        self._leave(cancelled)
         self._read_a_piece()
         if self.batch.jobs:
             self._step()
@@ -181,6 +189,7 @@ class Batcher:
         for _, future in self.errands:
             future.set_exception(ClosedError())
         self.batch, self.reading = Batch(), None
+        self.prefixes.clear()
         self.waiting.clear()
         self.closed.set()
         self.thread.remove(self)
@@ -193,10 +202,14 @@ class Batcher:
             return
         if job.cancelled:
             self.reading = None
+            if job.read:
+                assert job.cache is not None
+                self.prefixes.put(job.ids[: job.read], job.cache)
             return
         try:
             if job.cache is None:
-                job.cache = DynamicCache(config=self.model.config)
+                job.known, job.cache = self.prefixes.begin(job.ids)
+                job.read = job.known
             piece = job.ids[job.read : job.read + PIECE]
             logits = self._forward([piece], job.cache, [job.read], None)
             job.read += len(piece)
@@ -205,6 +218,8 @@ class Batcher:
             self.reading = None
             if self._choose(job, logits[0]):
                 self._join(job)
+            else:
+                self.prefixes.put(job.ids[: job.read], job.cache)
         except Exception as error:  # of this text alone; the others go on
             self.reading = None
             job.tell(error)
@@ -242,15 +257,16 @@ class Batcher:
                 job.tell(error)
             self.batch = Batch()
             return
-        ended = []
+        ended, failed = [], []
         for row, job in enumerate(batch.jobs):
             try:
                 if not self._choose(job, logits[row]):
                     ended.append(job)
             except Exception as error:
                 job.tell(error)
-                ended.append(job)
-        self._leave(ended)
+                failed.append(job)
+        self._keep_texts(ended)
+        self._leave([*ended, *failed])
 
     def _forward(self, tokens: list[list[int]], cache: Any, seen: list[int], mask: Tensor | None) -> Tensor:
         """Logits [B, V] in float32 after the last of `tokens`, which follow the `seen` ones."""
@@ -279,6 +295,11 @@ class Batcher:
         if not job.cancelled:
             job.tell(Token(token, float(logprobs[token]), likeliest, last))
         return last is None
+
+    def _keep_texts(self, jobs: Sequence[Job]) -> None:
+        assert self.batch.cache is not None or not jobs
+        for job in jobs:
+            self.prefixes.put_row(job.ids[:-1], self.batch.cache, self.batch.jobs.index(job))
 
     def _leave(self, jobs: Sequence[Job]) -> None:
         if not jobs:

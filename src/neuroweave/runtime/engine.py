@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuroweave.native.build import NativeUnavailableError
 from neuroweave.runtime.compiled import CompiledProgram
-from neuroweave.runtime.operations import Program, empty_caches
+from neuroweave.runtime.operations import Gather, Program, empty_caches
 from neuroweave.runtime.reference import read, run_reference
 
 CHUNK = 512  # tokens of a prompt that are read at once
@@ -42,6 +42,14 @@ class Engine:
     def reset(self) -> None:
         """Forget the text. What the caches hold of it is never read again."""
         self.seen = 0
+
+    def go_back(self, seen: int) -> bool:
+        """Whether the first `seen` tokens of what was seen are all that is left of it now: a convolution's states
+        belong to the last token alone."""
+        if seen < self.seen and any(isinstance(op, Gather) for op in self.program.operations):
+            return False
+        self.seen = min(seen, self.seen)
+        return True
 
     def read_prompt(self, tokens: Sequence[int]) -> Float[Tensor, " V"]:
         """The logits after `tokens`, which follow what was seen before."""

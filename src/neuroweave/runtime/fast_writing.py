@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from neuroweave.native.build import SWITCH
 from neuroweave.runtime.engine import Engine
 from neuroweave.runtime.lowering import UnsupportedModelError, lower
 from neuroweave.runtime.operations import Program
+from neuroweave.runtime.prefix_cache import shared
 from neuroweave.runtime.sparse_mlps import sparsify
 from neuroweave.runtime.sparsity import thresholds_on_prose
 from neuroweave.runtime.token_choice import check_sampling, chooser, refuse_unknown
-from neuroweave.runtime.writing import Continuation, Stream, Writer, check_device, load_causal
+from neuroweave.runtime.writing import Continuation, StopWriting, Stream, Writer, check_device, load_causal
 
 WAY_OUT = "leave --fast out"
 
@@ -32,6 +33,29 @@ class LoweredModel:
     generation_config: GenerationConfig
     program: Program
     size: int  # parameters of the model that it was made from
+
+
+@dataclass(eq=False)
+class KeptEngine:
+    """The engine of the last text, with room for `positions` or more, and what it has seen of it."""
+
+    program: Program
+    positions: int
+    engine: Engine | None = None
+    seen: list[int] = field(default_factory=list)
+
+    def begin(self, ids: Sequence[int], positions: int) -> Engine:
+        """An engine that has seen as much of `ids` as is known, but not all; it is not known before `put`."""
+        known, self.seen = shared(self.seen, ids[:-1]), []
+        if self.engine is None or self.engine.positions < positions:
+            self.engine = Engine(self.program, positions=max(positions, min(self.positions, self.program.positions)))
+        elif not self.engine.go_back(known):
+            self.engine.reset()
+        return self.engine
+
+    def put(self, text: Sequence[int]) -> None:
+        assert self.engine is not None
+        self.seen = list(text[: self.engine.seen])
 
 
 class FastWriter(Writer):
@@ -81,6 +105,9 @@ class FastWriter(Writer):
             "" if engine.compiled or os.environ.get(SWITCH) == "0" else f"not compiled, so slower: {engine.why_not}",
         )
 
+    def remembering(self, tokens: int) -> Writer:
+        return replace(self, prefixes=KeptEngine(self.model.program, tokens))
+
     def parameters(self) -> int:
         return self.model.size
 
@@ -91,21 +118,27 @@ class FastWriter(Writer):
             raise ValueError(f"--prompt-lookup is not for the fast runtime; {WAY_OUT}")
         refuse_unknown(config, WAY_OUT)
         check_sampling(config)
-        engine = Engine(self.model.program, positions=len(ids) + config.max_new_tokens)
+        kept = self.prefixes or KeptEngine(self.model.program, 1)
+        engine = kept.begin(ids, len(ids) + config.max_new_tokens)
         choose = chooser(config, self.source)
         stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])
         stream.put(torch.tensor([list(ids)]))
         stream.started = time.perf_counter()
         set_seed(seed)
         text = list(ids)
-        logits = engine.read_prompt(text)
-        while True:
-            text.append(choose(text, logits))
-            stream.put(torch.tensor([text[-1]]))
-            if text[-1] in ends or len(text) == len(ids) + config.max_new_tokens:
-                break
-            logits = engine.step(text[-1])
-        stream.end()
+        logits = engine.read_prompt(text[engine.seen :])
+        try:
+            while True:
+                text.append(choose(text, logits))
+                stream.put(torch.tensor([text[-1]]))
+                if text[-1] in ends or len(text) == len(ids) + config.max_new_tokens:
+                    break
+                logits = engine.step(text[-1])
+            stream.end()
+        except StopWriting:
+            kept.put(text)
+            raise
+        kept.put(text)
         return self._describe(text[len(ids) :], config, stream)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from neuroweave.checkpoint.loading import load_model, load_tokenizer
+from neuroweave.runtime.prefix_cache import PrefixCache
 from neuroweave.text.sample import encode
 
 REPLACEMENT = "\ufffd"  # of bytes that are not a character yet
+
+
+class StopWriting(Exception):  # noqa: N818  (not an error)
+    """Raised by a `show` that has seen enough."""
 
 
 class Stream(BaseStreamer):
@@ -38,6 +43,7 @@ class Stream(BaseStreamer):
         self.started = time.perf_counter()
         self.arrivals: list[tuple[float, int]] = []  # seconds, tokens that came together
         self.pieces: list[str] = []
+        self.written: list[int] = []
         self.begun = False  # whether the prompt has come
         self.tokens: list[int] = []  # of the last piece, and those after it
         self.shown = 0  # tokens of the last piece
@@ -51,6 +57,7 @@ class Stream(BaseStreamer):
             self.shown = len(self.tokens)
             return
         self.arrivals.append((time.perf_counter(), len(tokens)))
+        self.written += tokens
         self.tokens += tokens
         self._flow(last=False)
 
@@ -92,7 +99,7 @@ class Continuation:
 class Writer:
     """A model that continues text, its tokenizer, and the arguments of `generate` for a model that drafts.
 
-    `notice`: what a person should know of how it runs.
+    `notice`: what a person should know of how it runs. `prefixes`: what it has read of earlier texts.
     """
 
     source: str
@@ -101,6 +108,7 @@ class Writer:
     how: str
     drafting: dict[str, Any]
     notice: str = ""
+    prefixes: Any = None  # a `PrefixCache`
 
     @classmethod
     def load(cls, source: str, *, assistant: str | None = None, dtype: str = "auto", device: str = "auto") -> Writer:
@@ -114,6 +122,10 @@ class Writer:
             if len(sizes) > 1:  # transformers wants the tokenizers then, and refuses them else
                 drafting |= {"tokenizer": tokenizer, "assistant_tokenizer": own}
         return cls(source, model, tokenizer, how, drafting)
+
+    def remembering(self, tokens: int) -> Writer:
+        """The same, which does not read again how a text begins; so many tokens are kept."""
+        return self if self.drafting else replace(self, prefixes=PrefixCache(self.model, tokens=tokens))
 
     def encode(self, text: str, *, chat: bool | None = None, system: str | None = None) -> tuple[list[int], bool]:
         """Token ids of the prompt, and whether they went through the chat template; None: if there is one.
@@ -195,10 +207,14 @@ class Writer:
     def write(
         self, ids: Sequence[int], config: GenerationConfig, *, seed: int, show: Callable[[str], object]
     ) -> Continuation:
-        """Continue `ids`. Sampling starts from `seed`. Raises ValueError when memory or numbers run out."""
+        """Continue `ids`. Sampling starts from `seed`. Raises ValueError when memory or numbers run out, and what
+        `show` raises."""
         prompt = torch.tensor([list(ids)], device=self.model.device)
         stream = Stream(self.tokenizer, show)
         set_seed(seed)
+        known: dict[str, Any] = {}
+        if self.prefixes is not None and not self.prefixes.why_none and not config.prompt_lookup_num_tokens:
+            known["past_key_values"] = self.prefixes.begin(ids)[1]
         try:
             output = self.model.generate(
                 prompt,
@@ -206,7 +222,11 @@ class Writer:
                 generation_config=config,
                 streamer=stream,
                 **self.drafting,
+                **known,
             )
+        except StopWriting:
+            self._keep([*ids, *stream.written], **known)
+            raise
         except torch.OutOfMemoryError as error:
             raise ValueError(f"{self.source}: out of memory ({error}); shorten the prompt or give --dtype") from error
         except RuntimeError as error:
@@ -216,7 +236,14 @@ class Writer:
                 f"{self.source}: its logits are not numbers, so no token can be drawn; give --dtype float32, or look "
                 "at the weights with neuroweave verify"
             ) from error
+        self._keep(output[0].tolist(), **known)
         return self._describe(output[0, len(ids) :].tolist(), config, stream)
+
+    def _keep(self, text: list[int], past_key_values: Any = None) -> None:
+        """The last token of a text was not read."""
+        if past_key_values is not None and past_key_values.get_seq_length() == len(text) - 1:
+            assert self.prefixes is not None
+            self.prefixes.put(text[:-1], past_key_values)
 
     def _describe(self, token_ids: list[int], config: GenerationConfig, stream: Stream) -> Continuation:
         first, last = stream.arrivals[0], stream.arrivals[-1]

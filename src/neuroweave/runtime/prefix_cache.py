@@ -1,0 +1,108 @@
+"""Prefix caching: what a model has read of a text is kept, and not read again for a text that begins alike.
+
+A layer with full attention can go back to any token of a kept text. One with a window that is past, or with the state
+of a convolution, can only go on where the text ended. Letters: T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from neuroweave.runtime.batch_cache import beginning, can_go_back, check_layers, row_of
+
+WORTH = 8  # tokens; for fewer, nothing is copied
+AGREES = 1e-3  # of the spread of the logits: as in `batching`
+
+
+@dataclass(eq=False)
+class Kept:
+    """A text and the model's cache of exactly these tokens, one row."""
+
+    ids: list[int]
+    cache: DynamicCache
+
+
+class PrefixCache:
+    """Texts that `model` has read, the newest last, of no more than `tokens` together.
+
+    `why_none`: why nothing is kept for this model; "" if it is. Not for several threads.
+    """
+
+    def __init__(self, model: Any, *, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
+        self.why_none = "no token is to be kept" if tokens < 1 else why_not_reused(model)
+        self.kept: list[Kept] = []
+
+    def begin(self, ids: Sequence[int]) -> tuple[int, DynamicCache]:
+        """(T, a cache of the first T of `ids`): as many as are known, and one less than all at most."""
+        best, known = None, WORTH - 1
+        for each in self.kept:
+            common = shared(each.ids, ids[:-1])
+            if common > known and (common == len(each.ids) or can_go_back(each.cache)):
+                best, known = each, common
+        if best is not None:
+            self.kept.remove(best)
+            self.kept.append(best)
+            try:
+                return known, beginning(best.cache, known)
+            except RuntimeError:  # there is no memory for a copy
+                self.kept.clear()
+        return 0, DynamicCache(config=self.model.config)
+
+    def put(self, ids: Sequence[int], cache: DynamicCache) -> None:
+        """Keep the cache of `ids`, which is not to be used by anyone else from now on."""
+        if self.why_none or not WORTH <= len(ids) <= self.tokens:
+            return
+        self.kept = [each for each in self.kept if shared(each.ids, ids) < len(each.ids)]
+        self.kept.append(Kept(list(ids), cache))
+        while sum(len(each.ids) for each in self.kept) > self.tokens:
+            del self.kept[0]
+
+    def put_row(self, ids: Sequence[int], cache: DynamicCache, row: int) -> None:
+        """Keep a copy of one row of a batch, which has the last len(`ids`) columns."""
+        if self.why_none or not WORTH <= len(ids) <= self.tokens:
+            return
+        try:
+            self.put(ids, row_of(cache, row, drop=cache.get_seq_length() - len(ids)))
+        except RuntimeError:  # there is no memory for a copy
+            self.kept.clear()
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+@torch.inference_mode()
+def why_not_reused(model: Any) -> str:
+    """Why a text that goes on from a kept one does not get this model's own logits; "" if it does."""
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rotary, *rotary.values()) if isinstance(each, dict)}
+    if changing := kinds & {"dynamic", "longrope"}:
+        return f"its positions ({changing.pop()}) change with the length of a text"
+    text = [3, 5, 7, 4, 6, 8, 5]
+    try:
+        device = model.device
+        cache = DynamicCache(config=model.config)
+        check_layers(cache)
+        model(input_ids=torch.tensor([text[:4]], device=device), past_key_values=cache, use_cache=True)
+        cache = beginning(cache, 3 if can_go_back(cache) else 4)
+        known = cache.get_seq_length()
+        given = {"past_key_values": cache, "use_cache": True}
+        rest = model(input_ids=torch.tensor([text[known:]], device=device), **given).logits[0, -1].float()
+        wanted = model(input_ids=torch.tensor([text], device=device)).logits[0, -1].float()
+    except Exception as error:  # whatever a model that is built otherwise says to this
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    limit = AGREES if model.dtype in (torch.float32, torch.float64) else 5e-2
+    off = float((rest - wanted).abs().max() / wanted.std().clamp_min(1e-12))
+    return "" if off <= limit else f"a text that goes on gets other logits than one that is read whole ({off:.2g})"
