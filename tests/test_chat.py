@@ -22,6 +22,8 @@ from neuroweave.chat.session import Session, Turn
 from neuroweave.chat.tool_calls import split_calls
 from neuroweave.cli.chat import lines
 from neuroweave.cli.main import program
+from neuroweave.runtime.model_thread import ModelThread
+from neuroweave.runtime.prefix_cache import PrefixCache
 
 TOWER = Source(
     "Eiffel Tower", "towers.md", "The Eiffel Tower stands in Paris and is 330 metres tall.", datetime.date(2024, 5, 1)
@@ -378,6 +380,22 @@ def test_a_chat_goes_on_after_what_fails(folder: Path) -> None:
     assert "never" not in done.stderr
 
 
+def test_a_chat_reads_what_is_new_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, known = PrefixCache.begin, []
+
+    def watched(kept: PrefixCache, ids: list[int]) -> Any:
+        found = begin(kept, ids)
+        known.append((found[0], len(ids)))
+        return found
+
+    monkeypatch.setattr(PrefixCache, "begin", watched)
+    done = run("chat", folder / "model", "--greedy", "--new-tokens", 5, typed="Hello\nAnd now?\n")
+    assert done.exit_code == 0, done.output
+    (nothing, first), (read, _) = known
+    assert nothing == 0
+    assert read >= first  # bytes that are no characters are another text when they come back
+
+
 def test_what_a_terminal_would_obey_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(self: Session, question: str, *, seed: int, show: Any) -> Turn:
         show("\x1b[31mRed\x9b \u202eand\x07 é\n")
@@ -440,3 +458,15 @@ def test_a_port_that_is_taken(folder: Path) -> None:
         assert "is another server running?" in str(done.exception)
     finally:
         taken.close()
+
+
+@pytest.mark.parametrize(("kept", "reason"), [(0, "no token is to be kept"), (100, "")])
+def test_what_a_server_keeps(folder: Path, kept: int, reason: str) -> None:
+    from neuroweave.cli.serve import loaded
+
+    found = loaded(
+        str(folder / "model"), None, "model", slots=2, kept_tokens=kept, dtype="float32", device="cpu",
+        thread=ModelThread(),
+    )  # fmt: skip
+    assert (found.batcher.prefixes.why_none, found.batcher.prefixes.tokens) == (reason, kept)
+    found.batcher.close()

@@ -217,7 +217,8 @@ def test_a_writer_goes_on_where_it_was(name: str, fast: bool, monkeypatch: pytes
     new, count = asked(first)
     assert new == alone(reference, first, 12)
     assert count == (1 if name in GO_BACK and not fast else len(first))
-    again = [*first, 9]
+    fork = [*first, 9]
+    assert asked(fork)[0] == alone(reference, fork, 12)
     with pytest.raises(KeyboardInterrupt):
-        asked(again, broken)
-    assert asked(again)[0] == alone(reference, again, 12)
+        asked(prompts()[4], broken)
+    assert asked(fork)[0] == alone(reference, fork, 12)
