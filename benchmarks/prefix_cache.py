@@ -55,7 +55,7 @@ def main() -> None:
     turns = [Measured() for _ in questions]
     for number in range(options.rounds):
         chat = Session(writer, None, None, {"do_sample": False}, options.new)
-        kinds = [("whole", writer), ("kept", writer.remembering(8192))]
+        kinds = [("whole", writer), ("kept", writer.remembering())]
         for turn, (question, measured) in enumerate(zip(questions, turns, strict=True)):
             measured.prompt, _ = chat.prepare(question)
             config = writer.settings(chat.chosen, options.new, chat=True)

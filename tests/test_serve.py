@@ -80,6 +80,9 @@ def test_a_chat_is_what_the_model_says_alone(server: Running, client: openai.Ope
     known = whole.usage.prompt_tokens_details.cached_tokens
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == len(ids) - 1 >= known
+    salted = {**settings, "max_tokens": 1, "extra_body": {"cache_salt": "mine"}}
+    found = [client.chat.completions.create(**salted).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert found == [0, len(ids) - 1]
     assert len({chunk.id for chunk in chunks}) == 1
 
 

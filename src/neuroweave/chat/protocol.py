@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 MOST_STOPS = 16
 MOST_CHOICES = 8
+MOST_SALT = 256
 LEAST_TEMPERATURE = 1e-4
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -48,6 +49,7 @@ class Shared(BaseModel):
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stop: list[Text] = Field(default_factory=list, max_length=MOST_STOPS)
     seed: int | None = None
+    cache_salt: str = Field("", max_length=MOST_SALT)
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -63,7 +65,7 @@ class Shared(BaseModel):
             raise ValueError("an empty stop string stops everything; leave it out")
         return value
 
-    @field_validator("logit_bias", "n", "frequency_penalty", "presence_penalty", "stream", mode="before")
+    @field_validator("logit_bias", "n", "frequency_penalty", "presence_penalty", "stream", "cache_salt", mode="before")
     @classmethod
     def null_is_default(cls, value: Any, info: Any) -> Any:
         if value is None:

@@ -85,6 +85,7 @@ class Served:
             answering.hear,
             likeliest=likeliest,
             owner=owner,
+            salt=request.cache_salt,
         )
         answering.job = job
         if nothing:

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroweave.cli.chatting import (
-    KEPT_TOKENS,
-    chatting_options,
-    open_session,
-    seed_of,
-    show_in_terminal,
-    sources_shown,
-    tell,
-)
+from neuroweave.cli.chatting import chatting_options, open_session, seed_of, show_in_terminal, sources_shown, tell
 from neuroweave.cli.console import note
 from neuroweave.cli.generate import check_utf8
 from neuroweave.cli.main import one_line
@@ -48,7 +40,9 @@ COMMAND = re.compile(r"/\w*(\s|$)")  # not a path
 @chatting_options
 def command(model: str, show_prompt: bool, seed: int | None, **options: Any) -> None:
     session = open_session(model, **options)
-    session.writer = session.writer.remembering(KEPT_TOKENS)
+    session.writer = session.writer.remembering()
+    if session.writer.prefixes is not None and (reason := session.writer.prefixes.why_none):
+        note(f"{model}: each turn reads the whole chat ({reason})")
     seed = seed_of(seed)
     if sys.stdin.isatty():
         note(f"{model}: {session.writer.how}\n{HELP}")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from neuroweave.chat.session import Session, Turn
     from neuroweave.runtime.writing import Writer
 
-KEPT_TOKENS = 8192  # of earlier texts, which a model does not read again
 SEARCHES = "local:FOLDER, searxng:URL, duckduckgo, tavily or brave"
 SEARCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--search", metavar="WHERE", help=f"Answer from what is found there: {SEARCHES}."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from neuroweave.checkpoint.loading import check_source
-from neuroweave.cli.chatting import KEPT_TOKENS, open_search, search_options
+from neuroweave.cli.chatting import open_search, search_options
 from neuroweave.cli.console import found, note
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ PACKAGES = ("fastapi", "uvicorn", "sse_starlette")
 @click.option(
     "--kept-tokens",
     type=click.IntRange(min=0),
-    default=KEPT_TOKENS,
+    default=8192,
     show_default=True,
-    help="Of earlier texts, whose beginning is not read again; they take as much memory as texts being written.",
+    help="Of earlier texts, for each model; texts that begin alike do not read them again. 0: none.",
 )
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True

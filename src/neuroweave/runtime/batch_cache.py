@@ -7,6 +7,7 @@ last columns; the states of convolutions have no columns to fill. Letters: B row
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def keep(cache: DynamicCache, rows: Sequence[int], *, drop: int) -> None:
                 held = min(each.cumulative_length, each.sliding_window - 1)
             values: Any = each.values
             first, place = keys.shape[-2] - held, index.to(keys.device)
-            each.keys, each.values = (kept[place][..., first:, :].contiguous() for kept in (keys, values))
+            each.keys, each.values = (kept[..., first:, :][place] for kept in (keys, values))
 
 
 def row_of(cache: DynamicCache, row: int, *, drop: int) -> DynamicCache:
@@ -80,6 +81,22 @@ def twin(cache: DynamicCache) -> DynamicCache:
     for layer in found.layers:
         vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
     return found
+
+
+def size_in_tokens(cache: DynamicCache) -> float:
+    """What a one-row cache takes in memory, in columns of its attention; states of convolutions count as well. Infinite
+    where there is no attention."""
+    column = held = 0
+    for layer in cache.layers:
+        each: Any = layer
+        if isinstance(each, DynamicLayer) and each.is_initialized:
+            keys_and_values: tuple[Any, ...] = (each.keys, each.values)
+            column += sum(states[..., :1, :].numel() for states in keys_and_values)
+            held += sum(states.numel() for states in keys_and_values)
+        if isinstance(each, LinearAttentionCacheLayerMixin):
+            all_states: tuple[Any, ...] = (*each.conv_states.values(), *each.recurrent_states.values())
+            held += sum(state.numel() for state in all_states if state is not None)
+    return held / column if column else math.inf
 
 
 def can_go_back(cache: DynamicCache) -> bool:

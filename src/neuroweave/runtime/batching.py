@@ -43,7 +43,7 @@ class Job:
     """A text to continue. `choose`: (the text so far, logits [V]) -> the next token. `tell`: gets every Token, or the
     exception that ended the text; called from the model's thread. `likeliest`: how many of the best are told.
     `owner`: whoever has more texts in the batch waits for those who have fewer. `known`: tokens of a kept text, which
-    were not read again."""
+    were not read again. `salt`: see `PrefixCache`."""
 
     ids: list[int]
     new_tokens: int
@@ -52,6 +52,7 @@ class Job:
     tell: Callable[[Token | Exception], object]
     likeliest: int = 0
     owner: object = None
+    salt: str = ""
     cancelled: bool = False
     written: int = 0
     read: int = 0
@@ -204,11 +205,11 @@ class Batcher:
             self.reading = None
             if job.read:
                 assert job.cache is not None
-                self.prefixes.put(job.ids[: job.read], job.cache)
+                self.prefixes.put(job.ids[: job.read], job.cache, salt=job.salt)
             return
         try:
             if job.cache is None:
-                job.known, job.cache = self.prefixes.begin(job.ids)
+                job.known, job.cache = self.prefixes.begin(job.ids, salt=job.salt)
                 job.read = job.known
             piece = job.ids[job.read : job.read + PIECE]
             logits = self._forward([piece], job.cache, [job.read], None)
@@ -219,8 +220,12 @@ class Batcher:
             if self._choose(job, logits[0]):
                 self._join(job)
             else:
-                self.prefixes.put(job.ids[: job.read], job.cache)
+                self.prefixes.put(job.ids[: job.read], job.cache, salt=job.salt)
         except Exception as error:  # of this text alone; the others go on
+            if isinstance(error, RuntimeError) and self.prefixes.kept and not job.written:  # memory has run out?
+                self.prefixes.clear()
+                job.read, job.known, job.cache, self.reading = 0, 0, None, job
+                return
             self.reading = None
             job.tell(error)
 
@@ -256,6 +261,7 @@ class Batcher:
             for job in batch.jobs:
                 job.tell(error)
             self.batch = Batch()
+            self.prefixes.clear()  # of memory, if that has run out
             return
         ended, failed = [], []
         for row, job in enumerate(batch.jobs):
@@ -299,7 +305,7 @@ class Batcher:
     def _keep_texts(self, jobs: Sequence[Job]) -> None:
         assert self.batch.cache is not None or not jobs
         for job in jobs:
-            self.prefixes.put_row(job.ids[:-1], self.batch.cache, self.batch.jobs.index(job))
+            self.prefixes.put(job.ids[:-1], self.batch.cache, row=self.batch.jobs.index(job), salt=job.salt)
 
     def _leave(self, jobs: Sequence[Job]) -> None:
         if not jobs:

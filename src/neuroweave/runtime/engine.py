@@ -28,10 +28,11 @@ class Engine:
             raise ValueError(f"{positions} positions: this model has {program.positions}")
         self.program, self.positions, self.seen = program, positions, 0
         self.caches = empty_caches(program, positions)
+        self.threads = torch.get_num_threads() if threads is None else threads
         self.why_not = ""
         self.runner: CompiledProgram | None = None
         try:
-            self.runner = CompiledProgram(program, self.caches, torch.get_num_threads() if threads is None else threads)
+            self.runner = CompiledProgram(program, self.caches, self.threads)
         except NativeUnavailableError as error:
             self.why_not = str(error)
 
@@ -50,6 +51,18 @@ class Engine:
             return False
         self.seen = min(seen, self.seen)
         return True
+
+    def with_room(self, positions: int) -> Engine:
+        """One for a longer text, that has seen the same."""
+        other = Engine(self.program, positions=positions, threads=self.threads)
+        other.seen = self.seen
+        for place, op in enumerate(self.program.operations):
+            for ours, theirs in zip(self.caches.get(place, ()), other.caches.get(place, ()), strict=True):
+                if isinstance(op, Gather):
+                    theirs.copy_(ours)
+                else:
+                    theirs[:, : self.seen] = ours[:, : self.seen]
+        return other
 
     def read_prompt(self, tokens: Sequence[int]) -> Float[Tensor, " V"]:
         """The logits after `tokens`, which follow what was seen before."""

@@ -37,20 +37,23 @@ class LoweredModel:
 
 @dataclass(eq=False)
 class KeptEngine:
-    """The engine of the last text, with room for `positions` or more, and what it has seen of it."""
+    """The engine of the last text, and what it has seen of it."""
 
     program: Program
-    positions: int
     engine: Engine | None = None
     seen: list[int] = field(default_factory=list)
+    why_none: str = ""
 
     def begin(self, ids: Sequence[int], positions: int) -> Engine:
         """An engine that has seen as much of `ids` as is known, but not all; it is not known before `put`."""
         known, self.seen = shared(self.seen, ids[:-1]), []
-        if self.engine is None or self.engine.positions < positions:
-            self.engine = Engine(self.program, positions=max(positions, min(self.positions, self.program.positions)))
+        if self.engine is None:
+            self.engine = Engine(self.program, positions=positions)
         elif not self.engine.go_back(known):
             self.engine.reset()
+        if self.engine.positions < positions:
+            longer = min(2 * self.engine.positions, self.program.positions)
+            self.engine = self.engine.with_room(max(longer, positions))
         return self.engine
 
     def put(self, text: Sequence[int]) -> None:
@@ -105,8 +108,8 @@ class FastWriter(Writer):
             "" if engine.compiled or os.environ.get(SWITCH) == "0" else f"not compiled, so slower: {engine.why_not}",
         )
 
-    def remembering(self, tokens: int) -> Writer:
-        return replace(self, prefixes=KeptEngine(self.model.program, tokens))
+    def remembering(self) -> Writer:
+        return replace(self, prefixes=KeptEngine(self.model.program))
 
     def parameters(self) -> int:
         return self.model.size
@@ -118,7 +121,7 @@ class FastWriter(Writer):
             raise ValueError(f"--prompt-lookup is not for the fast runtime; {WAY_OUT}")
         refuse_unknown(config, WAY_OUT)
         check_sampling(config)
-        kept = self.prefixes or KeptEngine(self.model.program, 1)
+        kept = self.prefixes or KeptEngine(self.model.program)
         engine = kept.begin(ids, len(ids) + config.max_new_tokens)
         choose = chooser(config, self.source)
         stream, ends = Stream(self.tokenizer, show), set(config.eos_token_id or [])

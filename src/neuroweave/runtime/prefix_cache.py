@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from neuroweave.runtime.batch_cache import beginning, can_go_back, check_layers, row_of
+from neuroweave.runtime.batch_cache import beginning, can_go_back, check_layers, row_of, size_in_tokens
 
 WORTH = 8  # tokens; for fewer, nothing is copied
 AGREES = 1e-3  # of the spread of the logits: as in `batching`
@@ -21,16 +21,19 @@ AGREES = 1e-3  # of the spread of the logits: as in `batching`
 
 @dataclass(eq=False)
 class Kept:
-    """A text and the model's cache of exactly these tokens, one row."""
+    """A text and the model's cache of exactly these tokens, one row. `size`: see `size_in_tokens`."""
 
     ids: list[int]
+    salt: str
     cache: DynamicCache
+    size: float
 
 
 class PrefixCache:
-    """Texts that `model` has read, the newest last, of no more than `tokens` together.
+    """Texts that `model` has read, the newest last, which take no more memory than one of `tokens`.
 
-    `why_none`: why nothing is kept for this model; "" if it is. Not for several threads.
+    `why_none`: why nothing is kept for this model; "" if it is. A `salt` keeps texts apart: one that was put with it is
+    found with it alone. Not for several threads. Where there is no memory for a copy, nothing is kept.
     """
 
     def __init__(self, model: Any, *, tokens: int) -> None:
@@ -38,11 +41,11 @@ class PrefixCache:
         self.why_none = "no token is to be kept" if tokens < 1 else why_not_reused(model)
         self.kept: list[Kept] = []
 
-    def begin(self, ids: Sequence[int]) -> tuple[int, DynamicCache]:
+    def begin(self, ids: Sequence[int], *, salt: str = "") -> tuple[int, DynamicCache]:
         """(T, a cache of the first T of `ids`): as many as are known, and one less than all at most."""
         best, known = None, WORTH - 1
         for each in self.kept:
-            common = shared(each.ids, ids[:-1])
+            common = shared(each.ids, ids[:-1]) if each.salt == salt else 0
             if common > known and (common == len(each.ids) or can_go_back(each.cache)):
                 best, known = each, common
         if best is not None:
@@ -50,27 +53,26 @@ class PrefixCache:
             self.kept.append(best)
             try:
                 return known, beginning(best.cache, known)
-            except RuntimeError:  # there is no memory for a copy
+            except RuntimeError:
                 self.kept.clear()
         return 0, DynamicCache(config=self.model.config)
 
-    def put(self, ids: Sequence[int], cache: DynamicCache) -> None:
-        """Keep the cache of `ids`, which is not to be used by anyone else from now on."""
-        if self.why_none or not WORTH <= len(ids) <= self.tokens:
-            return
-        self.kept = [each for each in self.kept if shared(each.ids, ids) < len(each.ids)]
-        self.kept.append(Kept(list(ids), cache))
-        while sum(len(each.ids) for each in self.kept) > self.tokens:
-            del self.kept[0]
-
-    def put_row(self, ids: Sequence[int], cache: DynamicCache, row: int) -> None:
+    def put(self, ids: Sequence[int], cache: DynamicCache, *, row: int = 0, salt: str = "") -> None:
         """Keep a copy of one row of a batch, which has the last len(`ids`) columns."""
         if self.why_none or not WORTH <= len(ids) <= self.tokens:
             return
         try:
-            self.put(ids, row_of(cache, row, drop=cache.get_seq_length() - len(ids)))
-        except RuntimeError:  # there is no memory for a copy
+            copied = row_of(cache, row, drop=cache.get_seq_length() - len(ids))
+        except RuntimeError:
             self.kept.clear()
+            return
+        size = size_in_tokens(copied)
+        if size > self.tokens:
+            return
+        self.kept = [each for each in self.kept if each.salt != salt or shared(each.ids, ids) < len(each.ids)]
+        self.kept.append(Kept(list(ids), salt, copied, size))
+        while sum(each.size for each in self.kept) > self.tokens:
+            del self.kept[0]
 
     def clear(self) -> None:
         self.kept.clear()

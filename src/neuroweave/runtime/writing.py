@@ -24,6 +24,7 @@ from neuroweave.checkpoint.loading import load_model, load_tokenizer
 from neuroweave.runtime.prefix_cache import PrefixCache
 from neuroweave.text.sample import encode
 
+LONGEST = 8192  # tokens of a chat that are kept for a model that does not say how many it takes
 REPLACEMENT = "\ufffd"  # of bytes that are not a character yet
 
 
@@ -123,8 +124,9 @@ class Writer:
                 drafting |= {"tokenizer": tokenizer, "assistant_tokenizer": own}
         return cls(source, model, tokenizer, how, drafting)
 
-    def remembering(self, tokens: int) -> Writer:
-        """The same, which does not read again how a text begins; so many tokens are kept."""
+    def remembering(self) -> Writer:
+        """The same, which does not read again what it has read of a chat."""
+        tokens = self.positions() or LONGEST
         return self if self.drafting else replace(self, prefixes=PrefixCache(self.model, tokens=tokens))
 
     def encode(self, text: str, *, chat: bool | None = None, system: str | None = None) -> tuple[list[int], bool]:
@@ -213,8 +215,11 @@ class Writer:
         stream = Stream(self.tokenizer, show)
         set_seed(seed)
         known: dict[str, Any] = {}
-        if self.prefixes is not None and not self.prefixes.why_none and not config.prompt_lookup_num_tokens:
+        own = (config.cache_implementation, self.model.generation_config.cache_implementation) != (None, None)
+        if self.prefixes is not None and not (self.prefixes.why_none or own or config.prompt_lookup_num_tokens):
             known["past_key_values"] = self.prefixes.begin(ids)[1]
+            config = copy.deepcopy(config)
+            config.use_cache = True  # or all of the text is read into the cache at each token
         try:
             output = self.model.generate(
                 prompt,
@@ -228,6 +233,8 @@ class Writer:
             self._keep([*ids, *stream.written], **known)
             raise
         except torch.OutOfMemoryError as error:
+            if known:
+                self.prefixes.clear()
             raise ValueError(f"{self.source}: out of memory ({error}); shorten the prompt or give --dtype") from error
         except RuntimeError as error:
             if "probability tensor" not in str(error):
