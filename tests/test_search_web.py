@@ -299,7 +299,7 @@ def test_pages_take_the_place_of_snippets_and_failures_keep_them(server: WebServ
         Source("Beyond", f"{server.address}/good?2", "beyond the most"),
     ]
     start = time.monotonic()
-    found = with_page_text(sources, fetcher=fetcher(server), most=6, seconds=4.0)
+    found = with_page_text(sources, fetcher=fetcher(server), most=6, seconds=2.5)
     assert time.monotonic() - start < 30
     assert [source.text for source in found[1:]] == [source.text for source in sources[1:]]
     assert found[0].text == f"A page\n\n{text.strip()}"
@@ -313,7 +313,7 @@ def test_a_page_that_no_parser_ends_on_costs_its_time_and_no_more(server: WebSer
     server.by_path = {"/deep": Answer(body=deep, kind="text/html"), "/good": page("good text " * 20)}
     sources = [Source("Deep", f"{server.address}/deep", "deep snippet"), Source("Good", f"{server.address}/good", "s")]
     limits = Limits(connect=2.0, read=2.0, total=4.0, body=3_000_000)
-    found = with_page_text(sources, fetcher=fetcher(server, limits=limits), seconds=4.0)
+    found = with_page_text(sources, fetcher=fetcher(server, limits=limits), seconds=2.5)
     assert found[0].text == "deep snippet"
     assert found[1].text.startswith("A page\n\ngood text")
 
