@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--chat", default=CHAT, help="what is asked with a search in the notes")
     parser.add_argument("--compare", default=COMPARE, help="what both are asked")
     given = parser.parse_args()
-    how = {"slots": 8, "dtype": "auto", "device": "cpu", "thread": ModelThread()}
+    thread = ModelThread()
     served = [
-        loaded(given.model, None, "model", **how),
-        loaded(given.original, None, "original", **how),
+        loaded(source, None, role, slots=8, kept_tokens=8192, dtype="auto", device="cpu", thread=thread)
+        for source, role in ((given.model, "model"), (given.original, "original"))
     ]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as profile:
         notes = Path(folder) / "notes"

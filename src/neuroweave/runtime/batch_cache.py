@@ -21,6 +21,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+AGREES, AGREES_IN_HALF = 1e-3, 5e-2  # of the spread of the logits: how far a text may be from the same one read alone
+
 
 def join(cache: DynamicCache, new: DynamicCache) -> None:
     """Put the rows of `new` after those of `cache`. Raises ValueError for a kind of layer that is not known here."""
@@ -121,6 +123,14 @@ def beginning(cache: DynamicCache, columns: int) -> DynamicCache:
         if isinstance(each, DynamicSlidingWindowLayer):
             each.cumulative_length = columns
     return found
+
+
+def disagreement(found: Tensor, wanted: Tensor) -> float:
+    """How far logits are off, of their spread; 0 within what the model's precision explains."""
+    limit = AGREES if wanted.dtype in (torch.float32, torch.float64) else AGREES_IN_HALF
+    wanted = wanted.float()
+    off = float((found.float() - wanted).abs().max() / wanted.std().clamp_min(1e-12))
+    return 0.0 if off <= limit else off
 
 
 def filled(states_BHTD: Any, columns: int) -> Tensor:

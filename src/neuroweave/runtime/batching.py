@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from neuroweave.runtime.batch_cache import check_layers, join, keep
+from neuroweave.runtime.batch_cache import check_layers, disagreement, join, keep
 from neuroweave.runtime.model_thread import ModelThread, fulfil
 from neuroweave.runtime.prefix_cache import PrefixCache
 
 PIECE = 256  # tokens of a prompt that are read between two steps
-AGREES = 1e-3  # of the spread of the logits: how far a row of a batch may be from the same text alone, in float32
 
 
 @dataclass(frozen=True)
@@ -338,23 +337,17 @@ def why_not_together(model: Any) -> str:
         for text, cache in zip(texts, caches, strict=True):
             device = model.device
             model(input_ids=torch.tensor([text[:-1]], device=device), past_key_values=cache, use_cache=True)
-            alone.append(model(input_ids=torch.tensor([text], device=device)).logits[0, -1].float())
+            alone.append(model(input_ids=torch.tensor([text], device=device)).logits[0, -1])
         lengths = [len(text) - 1 for text in texts]
         join(caches[0], caches[1])
-        together = (
-            model(
-                input_ids=torch.tensor([[text[-1]] for text in texts], device=model.device),
-                attention_mask=mask_of(lengths).to(model.device),
-                position_ids=torch.tensor(lengths, device=model.device)[:, None],
-                past_key_values=caches[0],
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
+        together = model(
+            input_ids=torch.tensor([[text[-1]] for text in texts], device=model.device),
+            attention_mask=mask_of(lengths).to(model.device),
+            position_ids=torch.tensor(lengths, device=model.device)[:, None],
+            past_key_values=caches[0],
+            use_cache=True,
+        ).logits[:, -1]
     except Exception as error:  # whatever a model that is built otherwise says to this
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    wanted = torch.stack(alone)
-    limit = AGREES if model.dtype in (torch.float32, torch.float64) else 5e-2
-    off = float((together - wanted).abs().max() / wanted.std().clamp_min(1e-12))
-    return "" if off <= limit else f"a text in a batch gives other logits than alone ({off:.2g} of their spread)"
+    off = disagreement(together, torch.stack(alone))
+    return f"a text in a batch gives other logits than alone ({off:.2g} of their spread)" if off else ""

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from neuroweave.runtime.batch_cache import beginning, can_go_back, check_layers, row_of, size_in_tokens
+from neuroweave.runtime.batch_cache import beginning, can_go_back, check_layers, disagreement, row_of, size_in_tokens
 
 WORTH = 8  # tokens; for fewer, nothing is copied
-AGREES = 1e-3  # of the spread of the logits: as in `batching`
 
 
 @dataclass(eq=False)
@@ -101,10 +100,9 @@ def why_not_reused(model: Any) -> str:
         cache = beginning(cache, 3 if can_go_back(cache) else 4)
         known = cache.get_seq_length()
         given = {"past_key_values": cache, "use_cache": True}
-        rest = model(input_ids=torch.tensor([text[known:]], device=device), **given).logits[0, -1].float()
-        wanted = model(input_ids=torch.tensor([text], device=device)).logits[0, -1].float()
+        rest = model(input_ids=torch.tensor([text[known:]], device=device), **given).logits[0, -1]
+        wanted = model(input_ids=torch.tensor([text], device=device)).logits[0, -1]
     except Exception as error:  # whatever a model that is built otherwise says to this
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    limit = AGREES if model.dtype in (torch.float32, torch.float64) else 5e-2
-    off = float((rest - wanted).abs().max() / wanted.std().clamp_min(1e-12))
-    return "" if off <= limit else f"a text that goes on gets other logits than one that is read whole ({off:.2g})"
+    off = disagreement(rest, wanted)
+    return f"a text that goes on gets other logits than one that is read whole ({off:.2g})" if off else ""
